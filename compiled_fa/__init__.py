@@ -1,0 +1,1 @@
+"""The flash_attn 2 functions as PyTorch ops."""
