@@ -1,1 +1,33 @@
-"""The flash_attn 2 functions as PyTorch ops."""
+"""The flash_attn 2 functions as PyTorch ops: FlashAttention for every machine PyTorch runs on.
+
+    interface.py      the six functions: what people call
+    ops.py            torch.ops.compiled_fa.*: what torch.compile and autograd see
+    validation.py     every check of an argument
+    engines/          who computes: tiled (any device), ...
+    scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
+
+Shape letters, here and everywhere: B batch, Sq and Sk lengths, H and Hk query and key heads, D head_dim, Dv head_dim of
+v, T total tokens of packed sequences.
+"""
+
+from .engines import use_engine
+from .interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "use_engine",
+]

@@ -1,0 +1,67 @@
+"""The engines, and which of them serves a call.
+
+An engine is a module with `forward(problem)`, `backward(problem, dout, out, lse, dlse)` and `why_not(device_type)`.
+Engines never import each other; what they share is the score program and the problem.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from . import tiled
+
+# In the order of preference: the first that can serve a device does.
+ENGINES: dict[str, ModuleType] = {"tiled": tiled}
+
+_override: str | None = None
+
+
+def _known(name: str, argument: str) -> str:
+    if name != "auto" and name not in ENGINES:
+        raise ValueError(f"{argument} must be 'auto' or one of {list(ENGINES)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Serve every call inside by this engine ("auto": the best one), in all threads.
+
+    Raises ValueError for an unknown name; a call raises RuntimeError where the engine cannot serve it.
+
+        with compiled_fa.use_engine("tiled"):
+            out = flash_attn_func(q, k, v)
+    """
+    global _override
+    before, _override = _override, _known(name, "engine")
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def requested() -> str:
+    """The engine asked for by `use_engine`, else by the environment variable COMPILED_FA_ENGINE, else "auto"."""
+    return _override or os.environ.get("COMPILED_FA_ENGINE") or "auto"
+
+
+def choose(name: str, device_type: str) -> tuple[str, str]:
+    """-> the engine that serves such a device, and why. One asked for by name serves or raises RuntimeError."""
+    if _known(name, "engine") != "auto":
+        reason = ENGINES[name].why_not(device_type)
+        if reason is not None:
+            raise RuntimeError(f"the {name} engine was asked for and cannot serve {device_type}: {reason}")
+        return name, "asked for by name"
+    refusals: list[str] = []
+    for candidate, engine in ENGINES.items():
+        reason = engine.why_not(device_type)
+        if reason is None:
+            return candidate, "; ".join(refusals) or "first choice"
+        refusals.append(f"not {candidate}: {reason}")
+    raise RuntimeError("no engine can serve this device: " + "; ".join(refusals))
+
+
+def serving(name: str, device_type: str) -> ModuleType:
+    return ENGINES[choose(name, device_type)[0]]

@@ -1,0 +1,22 @@
+"""The tiled engine: FlashAttention as PyTorch ops on tiles, for any device and dtype.
+
+forward.py    Algorithm 1 of FlashAttention-2 (arXiv 2307.08691): online softmax over key tiles
+backward.py   Algorithm 2: probabilities recomputed from lse, one key tile after another
+steps.py      the arithmetic between the matrix products of a tile
+chunks.py     which sequences and heads run together, and which of their tiles exist
+rows.py       reading and writing rows of dense, packed and paged tensors
+tiles.py      tile sizes
+scratch.py    buffers that outlive a call
+inductor.py   steps compiled by Inductor, and what happens where they cannot be
+"""
+
+from .backward import backward
+from .forward import forward
+from .tiles import TileSizes
+
+__all__ = ["TileSizes", "backward", "forward", "why_not"]
+
+
+def why_not(device_type: str) -> str | None:
+    """Why this engine cannot serve such a device; None: it can. It serves them all."""
+    return None

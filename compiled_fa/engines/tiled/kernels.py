@@ -1,0 +1,154 @@
+"""The steps as one call runs them: machine code from Inductor on a CPU, plain PyTorch ops elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...scores import Dropout, ScoreProgram, Window
+from . import inductor, steps
+from .inductor import example
+from .steps import Indices
+
+Compiled = Callable[[list[Tensor]], object] | None
+
+UNBOUNDED = 1 << 30  # a window's side where it has none, in compiled code; positions stay far below
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is fixed in compiled code; every number is an argument of it."""
+
+    softcap: bool
+    alibi: bool
+    dropout: bool
+    masked: bool
+    dtype: torch.dtype
+
+    @property
+    def plain(self) -> bool:
+        return not (self.softcap or self.alibi or self.dropout)
+
+
+class Kernels:
+    """softmax_step and gradient_step of steps.py for one call's score program."""
+
+    def __init__(
+        self, program: ScoreProgram, batch: int, keep_probability: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._program = program
+        self._batch = batch
+        self._keep_probability = keep_probability
+        self._dtype = dtype
+        self._may_compile = device.type == "cpu"
+        self._numbers: list[Tensor] | None = None
+
+    def softmax_step(
+        self, scores: Tensor, row_max: Tensor, row_sum: Tensor, accumulator: Tensor, indices: Indices, masked: bool
+    ) -> None:
+        run = self._compiled(_softmax_kernel, masked)
+        if run is not None:
+            run([scores, row_max, row_sum, accumulator, *indices, *self._arguments()])
+        else:
+            steps.softmax_step(scores, row_max, row_sum, accumulator, indices, self._program, masked)
+
+    def gradient_step(
+        self, scores: Tensor, dprobs: Tensor, lse: Tensor, delta: Tensor, indices: Indices, masked: bool
+    ) -> None:
+        run = self._compiled(_gradient_kernel, masked)
+        if run is not None:
+            run([scores, dprobs, lse, delta, *indices, *self._arguments()])
+        else:
+            steps.gradient_step(scores, dprobs, lse, delta, indices, self._program, masked, self._keep_probability)
+
+    def _compiled(self, kernel: Callable[[Features], Compiled], masked: bool) -> Compiled:
+        if not self._may_compile:
+            return None
+        program = self._program
+        features = Features(
+            program.softcap is not None,
+            program.alibi_slopes is not None,
+            program.dropout is not None,
+            True,
+            self._dtype,
+        )
+        # Masks cost little beside softcap, ALiBi or dropout: only plain scores have code without them, too.
+        return kernel(Features(False, False, False, masked, self._dtype) if features.plain else features)
+
+    def _arguments(self) -> list[Tensor]:
+        """The score program's numbers as tensors, in the order in which `_rebuilt` takes them."""
+        if self._numbers is None:
+            program, window = self._program, self._program.window
+            self._numbers = [
+                torch.as_tensor(program.seqlen_q, dtype=torch.int32).expand(self._batch).contiguous(),
+                torch.as_tensor(program.seqlen_k, dtype=torch.int32).expand(self._batch).contiguous(),
+                torch.tensor(UNBOUNDED if window.left is None else window.left, dtype=torch.int32),
+                torch.tensor(UNBOUNDED if window.right is None else window.right, dtype=torch.int32),
+                torch.tensor(program.softmax_scale, dtype=self._dtype),
+            ]
+            if program.softcap is not None:
+                self._numbers.append(torch.tensor(program.softcap, dtype=self._dtype))
+            if program.alibi_slopes is not None:
+                self._numbers.append(program.alibi_slopes.to(self._dtype).contiguous())
+            if program.dropout is not None:
+                self._numbers += [
+                    program.dropout.seed,
+                    torch.tensor(program.dropout.threshold, dtype=torch.int32),
+                    torch.tensor(self._keep_probability, dtype=self._dtype),
+                ]
+        return self._numbers
+
+
+def _example_arguments(features: Features) -> list[Tensor]:
+    indices = [("p", "1", "1", "1"), ("p", "g", "1", "1"), ("m", "1"), ("n",)]
+    examples = [example(*shape, dtype=torch.int32) for shape in [*indices, ("batch",), ("batch",), (), ()]]
+    examples.append(example(dtype=features.dtype))
+    if features.softcap:
+        examples.append(example(dtype=features.dtype))
+    if features.alibi:
+        examples.append(example("batch", "nheads", dtype=features.dtype))
+    if features.dropout:
+        examples += [example("2", dtype=torch.int32), example(dtype=torch.int32), example(dtype=features.dtype)]
+    return examples
+
+
+def _rebuilt(features: Features, tensors: tuple[Tensor, ...]) -> tuple[Indices, ScoreProgram, Tensor | float]:
+    indices, rest = Indices(*tensors[:4]), iter(tensors[4:])
+    seqlen_q, seqlen_k, left, right, softmax_scale = (next(rest) for _ in range(5))
+    program = ScoreProgram(
+        seqlen_q,
+        seqlen_k,
+        softmax_scale,
+        softcap=next(rest) if features.softcap else None,
+        alibi_slopes=next(rest) if features.alibi else None,
+        window=Window(left, right),
+        dropout=Dropout(next(rest), next(rest)) if features.dropout else None,
+    )
+    return indices, program, next(rest) if features.dropout else 1.0
+
+
+def _softmax_kernel(features: Features) -> Compiled:
+    def step(scores: Tensor, row_max: Tensor, row_sum: Tensor, accumulator: Tensor, *tensors: Tensor) -> None:
+        indices, program, _ = _rebuilt(features, tensors)
+        steps.softmax_step(scores, row_max, row_sum, accumulator, indices, program, features.masked)
+
+    def examples() -> list[Tensor]:
+        shapes = [("p", "g", "m", "n"), ("p", "g", "m"), ("p", "g", "m"), ("p", "g", "m", "d")]
+        return [example(*shape, dtype=features.dtype) for shape in shapes] + _example_arguments(features)
+
+    return inductor.compiled(("softmax", features), step, examples)
+
+
+def _gradient_kernel(features: Features) -> Compiled:
+    def step(scores: Tensor, dprobs: Tensor, lse: Tensor, delta: Tensor, *tensors: Tensor) -> None:
+        indices, program, keep_probability = _rebuilt(features, tensors)
+        steps.gradient_step(scores, dprobs, lse, delta, indices, program, features.masked, keep_probability)
+
+    def examples() -> list[Tensor]:
+        shapes = [("p", "g", "m", "n"), ("p", "g", "m", "n"), ("p", "g", "m"), ("p", "g", "m")]
+        return [example(*shape, dtype=features.dtype) for shape in shapes] + _example_arguments(features)
+
+    return inductor.compiled(("gradient", features), step, examples)

@@ -1,0 +1,142 @@
+"""The ops `torch.ops.compiled_fa.*`: what torch.compile, torch.export and autograd see of us.
+
+    attention         attention_backward            q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv)
+    varlen_attention  varlen_attention_backward     the same with (T, ., .) in place of (B, S, ., .), and cu_seqlens
+
+    out, lse = torch.ops.compiled_fa.attention(q, k, v, causal=True)
+
+out is shaped as q with v's head_dim; lse is a natural logarithm in fp32 (fp64 for fp64 inputs), (B, H, Sq) or (H, Tq).
+Each op has a schema, a kernel that checks its arguments and hands a `Problem` to an engine, and a fake kernel. The
+forward ops differentiate in q, k and v, through out and through lse; to differentiate twice is refused.
+
+B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of q, k and of v, T total tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import batching, engines, validation
+from .problem import Packed, Problem
+
+DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim")
+PACKED = ("total_q, nheads, head_dim", "total_k, nheads_k, head_dim")
+PAGED = ("total_q, nheads, head_dim", "num_blocks, block_size, nheads_k, head_dim")
+
+OPTIONS = (
+    "float? softmax_scale=None, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "
+    "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? dropout_seed=None, str engine='auto'"
+)
+PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table=None"
+
+MakeProblem = Callable[..., tuple[Problem, str]]
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tuple[Any, ...]) -> tuple[Problem, str]:
+    """The problem, its options checked, and the name of the engine asked for: the option after the problem's own."""
+    own, engine = options[:8], options[8] if len(options) > 8 else "auto"
+    problem = Problem.of(q, k, v, packed, *own)
+    validation.options(problem, *own[2:4])
+    return problem, engine
+
+
+def _dense_problem(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, str]:
+    validation.qkv(q, k, v, DENSE)
+    if k.shape[0] != q.shape[0]:
+        validation.refuse("k", f"of q's batch, {q.shape[0]}", k.shape[0])
+    return _checked(q, k, v, None, options)
+
+
+def _packed_problem(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Problem, str]:
+    packed = Packed(*arguments[:5])
+    validation.qkv(q, k, v, PACKED if packed.block_table is None else PAGED)
+    validation.packing(q, packed)
+    return _checked(q, k, v, packed, arguments[5:])
+
+
+def _check_values(problem: Problem) -> None:
+    if problem.packed is not None:
+        validation.packed_values(problem.q, problem.k, problem.packed)
+
+
+def _double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
+    raise RuntimeError("compiled_fa attention can be differentiated once, not twice: its backward has no backward")
+
+
+def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any, Any]:
+    """Register compiled_fa::{name} and compiled_fa::{name}_backward.
+
+    parameters: the schema's after q, k, v. make_problem: (q, k, v, *parameters) -> a checked problem and an engine.
+    """
+    forward_schema = f"(Tensor q, Tensor k, Tensor v, {parameters}) -> (Tensor out, Tensor lse)"
+    backward_schema = (
+        "(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
+        f"{parameters}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    )
+
+    @torch.library.custom_op(f"compiled_fa::{name}", mutates_args=(), schema=forward_schema)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        problem, engine = make_problem(*arguments)
+        _check_values(problem)
+        out, lse = engines.serving(engine, problem.q.device.type).forward(problem)
+        return out, lse
+
+    @forward.register_fake
+    def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+        q, v = make_problem(*arguments)[0].q, arguments[2]
+        *leading, seqlen, nheads, _ = q.shape
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty((*leading, nheads, seqlen), dtype=dtype)
+
+    @torch.library.custom_op(f"compiled_fa::{name}_backward", mutates_args=(), schema=backward_schema)
+    def backward(
+        dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        problem, engine = make_problem(*arguments)
+        validation.backward(problem, dout, dlse, out, lse)
+        _check_values(problem)
+        dq, dk, dv = engines.serving(engine, problem.q.device.type).backward(problem, dout, out, lse, dlse)
+        return dq, dk, dv
+
+    @backward.register_fake
+    def _(
+        dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        problem, _ = make_problem(*arguments)
+        validation.backward(problem, dout, dlse, out, lse)
+        q, k, v = arguments[:3]
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
+        ctx.save_for_backward(*output, *tensors)
+        ctx.others = [None if isinstance(argument, Tensor) else (argument,) for argument in inputs]
+
+    def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        rest = iter(tensors)
+        arguments = [next(rest) if other is None else other[0] for other in ctx.others]
+        nothing: list[Tensor | None] = [None] * (len(arguments) - 3)
+        if dout is None and dlse is None:
+            return (None, None, None, *nothing)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dq, dk, dv = backward(dout, dlse, out, lse, *arguments)
+        return (dq, dk, dv, *nothing)
+
+    forward.register_autograd(differentiate, setup_context=save)
+    backward.register_autograd(_double_backward)
+    return forward, backward
+
+
+attention, attention_backward = _define("attention", OPTIONS, _dense_problem)
+varlen_attention, varlen_attention_backward = _define("varlen_attention", f"{PACKING}, {OPTIONS}", _packed_problem)
+
+batching.register(attention, tensors=3)
+batching.register(attention_backward, tensors=7)
+batching.refuse(varlen_attention, varlen_attention_backward)

@@ -1,0 +1,82 @@
+"""One attention call, validated and normalised: what the ops hand to an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .scores import Dropout, ScoreProgram, Window
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where the sequences of a varlen call lie in their packed tensors.
+
+    cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), the running sums of the lengths, from 0 to the totals.
+    max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
+    block_table: int32 (batch, blocks) where k and v are paged, (num_blocks, block_size, nheads_k, head_dim); or None.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    block_table: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv); packed: the first two dimensions are one, T.
+
+    dropout_seed: int64 of one element where dropout_p > 0; without one nothing is dropped.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    softmax_scale: float
+    window: Window
+    softcap: float
+    alibi_slopes: Tensor | None
+    dropout_p: float
+    dropout_seed: Tensor | None
+    packed: Packed | None = None
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed: Packed | None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_left: int = -1,
+        window_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        dropout_p: float = 0.0,
+        dropout_seed: Tensor | None = None,
+    ) -> Problem:
+        """From the arguments of the ops, in their order."""
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        window = Window.of(causal, window_left, window_right)
+        return cls(q, k, v, scale, window, softcap, alibi_slopes, dropout_p, dropout_seed, packed)
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0] if self.packed is None else self.packed.cu_seqlens_q.shape[0] - 1
+
+    def program(self, seqlen_q: int | Tensor, seqlen_k: int | Tensor) -> ScoreProgram:
+        """The call's score program; the lengths are an int for all sequences or a tensor (batch,)."""
+        slopes = self.alibi_slopes
+        return ScoreProgram(
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            softmax_scale=self.softmax_scale,
+            softcap=self.softcap if self.softcap > 0.0 else None,
+            alibi_slopes=slopes.expand(self.batch, -1) if slopes is not None else None,
+            window=self.window,
+            dropout=Dropout.of(self.dropout_p, self.dropout_seed) if self.dropout_seed is not None else None,
+        )

@@ -1,0 +1,73 @@
+"""The score program: everything between q·k and the softmax, and the dropout after it.
+
+`score`, `mask` and `keep` are functions of (score, batch, head, q_idx, kv_idx) on tensors of broadcastable shapes. The
+tiled engine calls them on whole tiles; torch's flex_attention takes `score` as its score_mod (with scale=1.0) and
+`mask` as its mask_mod, unchanged. Indices count within their own sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import masks, terms
+from .dropout import Dropout
+from .masks import Window
+
+UNBOUNDED = Window()
+
+
+def _of_batch(lengths: int | Tensor, batch: Tensor) -> int | Tensor:
+    return lengths[batch] if isinstance(lengths, Tensor) else lengths
+
+
+@dataclass(frozen=True)
+class ScoreProgram:
+    """One call's scores. A number may also be a tensor of no dimension, so that compiled code serves every value.
+
+    seqlen_q, seqlen_k: an int for all sequences, or an int32 tensor (batch,).
+    softmax_scale: factor of q·k.
+    softcap: bound c of c·tanh(score / c), or None.
+    alibi_slopes: (batch, nheads), fp32, or None.
+    window: keys seen around a query's position.
+    dropout: keep decisions, or None.
+    """
+
+    seqlen_q: int | Tensor
+    seqlen_k: int | Tensor
+    softmax_scale: float | Tensor
+    softcap: float | Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    window: Window = UNBOUNDED
+    dropout: Dropout | None = None
+
+    def _position(self, batch: Tensor, q_idx: Tensor) -> Tensor:
+        return masks.query_position(q_idx, _of_batch(self.seqlen_q, batch), _of_batch(self.seqlen_k, batch))
+
+    def score(self, product: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """q·k -> the score that enters the softmax (a flex_attention score_mod)."""
+        score = terms.scaled(product, self.softmax_scale)
+        if self.softcap is not None:
+            score = terms.softcapped(score, self.softcap)
+        if self.alibi_slopes is not None:
+            score = terms.alibi(score, self.alibi_slopes[batch, head], self._position(batch, q_idx), kv_idx)
+        return score
+
+    def product_gradient(self, dscore: Tensor, product: Tensor) -> Tensor:
+        """Gradient of the score -> gradient of q·k. ALiBi only adds, so it plays no part."""
+        if self.softcap is not None:
+            capped = terms.softcapped(terms.scaled(product, self.softmax_scale), self.softcap)
+            dscore = dscore * terms.softcap_derivative(capped, self.softcap)
+        return terms.scaled(dscore, self.softmax_scale)
+
+    def mask(self, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """True where the query sees the key (a flex_attention mask_mod)."""
+        within = (q_idx < _of_batch(self.seqlen_q, batch)) & (kv_idx < _of_batch(self.seqlen_k, batch))
+        return within & self.window.contains(self._position(batch, q_idx), kv_idx)
+
+    def keep(self, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """True where dropout keeps the probability; only where `dropout` is set."""
+        if self.dropout is None:
+            raise ValueError("this score program has no dropout")
+        return self.dropout.keep(batch, head, q_idx, kv_idx)

@@ -1,0 +1,33 @@
+"""The terms that make a score out of a dot product, in the order in which they apply.
+
+    product  -scale->  softmax_scale * product  -softcap->  c * tanh(. / c)  -ALiBi->  . - slope * |position - key|
+
+Every function is elementwise on tensors of any broadcastable shape, so that it serves a whole tile and, inside
+flex_attention, a single element.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scaled(product: Tensor, softmax_scale: float | Tensor) -> Tensor:
+    """softmax_scale * q·k."""
+    return product * softmax_scale
+
+
+def softcapped(score: Tensor, softcap: float | Tensor) -> Tensor:
+    """c * tanh(score / c): scores bounded to (-c, c), as in Gemma 2 (arXiv 2408.00118, section 2)."""
+    return torch.tanh(score / softcap) * softcap
+
+
+def softcap_derivative(capped: Tensor, softcap: float | Tensor) -> Tensor:
+    """d softcapped / d score, from its result: 1 - tanh² = 1 - (capped / c)²."""
+    ratio = capped / softcap
+    return 1.0 - ratio * ratio
+
+
+def alibi(score: Tensor, slope: Tensor, position: Tensor, kv_idx: Tensor) -> Tensor:
+    """score - slope * |position - kv_idx| (ALiBi, arXiv 2108.12409, with flash_attn's absolute distance)."""
+    return score - slope * (position - kv_idx).abs()

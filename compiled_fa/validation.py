@@ -1,0 +1,165 @@
+"""Every check of an argument, and the wording of every refusal: which argument, what is wanted, what came."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .problem import Packed, Problem
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 512
+
+
+def refuse(argument: str, wanted: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{argument} must be {wanted}, got {got}")
+
+
+def tensor(argument: str, value: object, dims: str) -> Tensor:
+    """A tensor whose dimensions are those named, like "batch, seqlen, nheads, head_dim"."""
+    if not isinstance(value, Tensor):
+        refuse(argument, f"a tensor ({dims})", type(value).__name__, TypeError)
+    if value.dim() != len(dims.split(",")):
+        refuse(argument, f"({dims})", f"shape {tuple(value.shape)}")
+    return value
+
+
+def _equal(argument: str, wanted: str, got: Any, want: Any) -> None:
+    if got != want:
+        refuse(argument, f"{wanted}, {want}", got)
+
+
+def qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, str]) -> None:
+    """What q, k and v must have in common; layout: the dimensions of q, and of k and v."""
+    tensor("q", q, layout[0])
+    tensor("k", k, layout[1])
+    tensor("v", v, layout[1])
+    if q.dtype not in DTYPES:
+        refuse("q", "float16, bfloat16, float32 or float64", q.dtype, TypeError)
+    for argument, other in (("k", k), ("v", v)):
+        if other.dtype != q.dtype:
+            refuse(argument, f"of q's dtype, {q.dtype}", other.dtype, TypeError)
+        if other.device != q.device:
+            refuse(argument, f"on q's device, {q.device}", other.device)
+    _equal("k", "of q's head_dim", k.shape[-1], q.shape[-1])
+    if tuple(v.shape[:-1]) != tuple(k.shape[:-1]):
+        refuse("v", f"of k's shape up to head_dim, {tuple(k.shape[:-1])}", tuple(v.shape[:-1]))
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        refuse("q", f"of a head_dim from 1 to {MAX_HEAD_DIM}", q.shape[-1])
+    if not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
+        refuse("v", f"of a head_dim from 1 to {MAX_HEAD_DIM}", v.shape[-1])
+    nheads, nheads_k = q.shape[-2], k.shape[-2]
+    if nheads < 1 or nheads_k < 1 or nheads % nheads_k:
+        refuse("k", f"of a number of heads that divides q's {nheads}", nheads_k)
+
+
+def options(problem: Problem, window_left: int = -1, window_right: int = -1) -> None:
+    """Everything of a call but q, k, v and where the sequences lie."""
+    q, batch, softmax_scale, softcap = problem.q, problem.batch, problem.softmax_scale, problem.softcap
+    dropout_p, dropout_seed, alibi_slopes = problem.dropout_p, problem.dropout_seed, problem.alibi_slopes
+    if not math.isfinite(softmax_scale):
+        refuse("softmax_scale", "finite", softmax_scale)
+    for argument, side in (("window_size[0]", window_left), ("window_size[1]", window_right)):
+        if side < -1:
+            refuse(argument, "-1 (unbounded) or at least 0", side)
+    if not (math.isfinite(softcap) and softcap >= 0.0):
+        refuse("softcap", "finite and at least 0 (0: none)", softcap)
+    if not 0.0 <= dropout_p < 1.0:
+        refuse("dropout_p", "at least 0 and below 1", dropout_p)
+    if dropout_p > 0.0:
+        if dropout_seed is None:
+            refuse("dropout_seed", "an int64 tensor of one element where dropout_p > 0", None)
+        if dropout_seed.dtype != torch.int64:
+            refuse("dropout_seed", "of dtype int64", dropout_seed.dtype, TypeError)
+        if dropout_seed.numel() != 1:
+            refuse("dropout_seed", "of one element", f"shape {tuple(dropout_seed.shape)}")
+        if dropout_seed.device != q.device:
+            refuse("dropout_seed", f"on q's device, {q.device}", dropout_seed.device)
+    if alibi_slopes is not None:
+        if alibi_slopes.dtype != torch.float32:
+            refuse("alibi_slopes", "of dtype float32", alibi_slopes.dtype, TypeError)
+        if alibi_slopes.device != q.device:
+            refuse("alibi_slopes", f"on q's device, {q.device}", alibi_slopes.device)
+        nheads = q.shape[-2]
+        if tuple(alibi_slopes.shape) not in ((nheads,), (batch, nheads)):
+            refuse(
+                "alibi_slopes",
+                f"of shape (nheads,) = ({nheads},) or (batch, nheads) = ({batch}, {nheads})",
+                tuple(alibi_slopes.shape),
+            )
+
+
+def packing(q: Tensor, packed: Packed) -> None:
+    """What can be told of where sequences lie without reading a tensor."""
+    cu_seqlens_q, cu_seqlens_k, block_table = packed.cu_seqlens_q, packed.cu_seqlens_k, packed.block_table
+    for argument, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        tensor(argument, cu_seqlens, "batch + 1")
+        if cu_seqlens.dtype != torch.int32:
+            refuse(argument, "of dtype int32", cu_seqlens.dtype, TypeError)
+        if cu_seqlens.device != q.device:
+            refuse(argument, f"on q's device, {q.device}", cu_seqlens.device)
+        if cu_seqlens.shape[0] < 1:
+            refuse(argument, "of batch + 1 elements", "none")
+    _equal("cu_seqlens_k", "of as many elements as cu_seqlens_q", cu_seqlens_k.shape[0], cu_seqlens_q.shape[0])
+    for argument, longest in (("max_seqlen_q", packed.max_seqlen_q), ("max_seqlen_k", packed.max_seqlen_k)):
+        if longest < 0:
+            refuse(argument, "at least 0", longest)
+    if block_table is not None:
+        tensor("block_table", block_table, "batch, max_num_blocks_per_seq")
+        if block_table.dtype != torch.int32:
+            refuse("block_table", "of dtype int32", block_table.dtype, TypeError)
+        if block_table.device != q.device:
+            refuse("block_table", f"on q's device, {q.device}", block_table.device)
+        _equal("block_table", "of one row a sequence", block_table.shape[0], cu_seqlens_q.shape[0] - 1)
+
+
+def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
+    """What must be read to be told: on a CPU always, elsewhere (a host sync) where COMPILED_FA_CHECK=1."""
+    if q.device.type != "cpu" and os.environ.get("COMPILED_FA_CHECK") != "1":
+        return
+    cu_seqlens_q, cu_seqlens_k, block_table = packed.cu_seqlens_q, packed.cu_seqlens_k, packed.block_table
+    longest = []
+    for argument, cu_seqlens, bound, name in (
+        ("cu_seqlens_q", cu_seqlens_q, packed.max_seqlen_q, "max_seqlen_q"),
+        ("cu_seqlens_k", cu_seqlens_k, packed.max_seqlen_k, "max_seqlen_k"),
+    ):
+        if cu_seqlens[0] != 0:
+            refuse(argument, "0 at its beginning", int(cu_seqlens[0]))
+        lengths = cu_seqlens.diff()
+        if (lengths < 0).any():
+            at = int((lengths < 0).nonzero()[0])
+            refuse(argument, "not decreasing", f"{int(cu_seqlens[at])} before {int(cu_seqlens[at + 1])} at {at}")
+        longest.append(int(lengths.max()) if lengths.numel() else 0)
+        if longest[-1] > bound:
+            refuse(name, f"at least the longest length in {argument}, {longest[-1]}", bound)
+    if cu_seqlens_q[-1] != q.shape[0]:
+        refuse("cu_seqlens_q", f"q's total, {q.shape[0]}, at its end", int(cu_seqlens_q[-1]))
+    if block_table is None:
+        if cu_seqlens_k[-1] != k.shape[0]:
+            refuse("cu_seqlens_k", f"k's total, {k.shape[0]}, at its end", int(cu_seqlens_k[-1]))
+        return
+    num_blocks, block_size = k.shape[0], k.shape[1]
+    if longest[1] > block_table.shape[1] * block_size:
+        refuse("block_table", f"of enough blocks of {block_size} for {longest[1]} keys", block_table.shape[1])
+    first_row = torch.arange(block_table.shape[1], device=q.device) * block_size
+    used = block_table[first_row < cu_seqlens_k.diff()[:, None]]
+    if used.numel() and (int(used.min()) < 0 or int(used.max()) >= num_blocks):
+        refuse("block_table", f"block numbers from 0 to {num_blocks - 1}", f"{int(used.min())} to {int(used.max())}")
+
+
+def backward(problem: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    """What a backward op is given besides its forward's arguments."""
+    q = problem.q
+    for argument, given in (("dout", dout), ("out", out)):
+        if tuple(given.shape) != (*q.shape[:-1], problem.v.shape[-1]):
+            refuse(argument, f"of shape {(*q.shape[:-1], problem.v.shape[-1])}", tuple(given.shape))
+        if given.dtype != q.dtype:
+            refuse(argument, f"of q's dtype, {q.dtype}", given.dtype, TypeError)
+    per_row = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    for argument, one_per_row in (("lse", lse), ("dlse", dlse)):
+        if one_per_row is not None and tuple(one_per_row.shape) != per_row:
+            refuse(argument, f"of shape {per_row}", tuple(one_per_row.shape))
