@@ -42,7 +42,7 @@ class Chunk:
 
     @property
     def pairs(self) -> int:
-        return len(self.sequences) * (self.key_heads.stop - self.key_heads.start)
+        return len(self.sequences) * int(self.key_heads.stop - self.key_heads.start)
 
     @property
     def query_heads(self) -> slice:
