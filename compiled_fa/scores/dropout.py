@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Row = tuple[Tensor, Tensor]  # 64 bits of hash state for each row
+
 GOLDEN = 0x9E3779B9 - (1 << 32)  # 2**32 / golden ratio, as a signed number; separates the two halves of the state
 
 
@@ -47,10 +49,19 @@ class Dropout:
         threshold = min(round(dropout_p * 2.0**32), 2**32 - 1) - 2**31
         return cls(seed.reshape(1).view(torch.int32), threshold)
 
-    def keep(self, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """Boolean, of the broadcast shape of the four indices (int32)."""
+    def row(self, batch: Tensor, head: Tensor, q_idx: Tensor) -> Row:
+        """What the decisions of a row have in common, of the broadcast shape of the three indices (int32)."""
         low, high = mix(self.seed[0]), mix(self.seed[1] ^ GOLDEN)
         for index in (batch, head, q_idx):
             low = mix(low + index)
             high = mix(high + low)
+        return low, high
+
+    def keep_in_row(self, row: Row, kv_idx: Tensor) -> Tensor:
+        """Boolean, of the broadcast shape of row and key indices (int32)."""
+        low, high = row
         return mix(mix(low + kv_idx) + high) >= self.threshold
+
+    def keep(self, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """Boolean, of the broadcast shape of the four indices (int32)."""
+        return self.keep_in_row(self.row(batch, head, q_idx), kv_idx)

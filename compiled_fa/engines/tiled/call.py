@@ -132,7 +132,15 @@ class Call:
         batch = sequences.repeat_interleave(keys)[:, None, None, None]
         head = self._heads[chunk.query_heads].view(keys, -1).repeat(len(sequences), 1)[:, :, None, None]
 
+        queries = self._positions[: chunk.lengths_q[1], None]
+        dropout = self.program.dropout
+        rows = dropout.row(batch, head, queries) if dropout is not None else None
+
         def at(q_start: int, q_stop: int, tile: Tile) -> Indices:
-            return Indices(batch, head, self._positions[q_start:q_stop, None], self._positions[tile.start : tile.stop])
+            keys = self._positions[tile.start : tile.stop]
+            if rows is None:
+                return Indices(batch, head, queries[q_start:q_stop], keys)
+            low, high = (half[:, :, q_start:q_stop].contiguous() for half in rows)
+            return Indices(batch, head, queries[q_start:q_stop], keys, (low, high))
 
         return at

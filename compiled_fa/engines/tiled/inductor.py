@@ -11,6 +11,7 @@ or fails, where there is no C++ compiler, and with COMPILED_FA_COMPILE=0, steps 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -48,7 +49,21 @@ def why_not() -> str | None:
     """Why steps run eagerly; None: they are compiled."""
     if os.environ.get("COMPILED_FA_COMPILE", "1") == "0":
         return "COMPILED_FA_COMPILE=0: the tiled engine runs its steps eagerly, several times slower"
+    if compiler() is None:
+        return "no C++ compiler (set CXX, or install g++ or clang++): the tiled engine runs its steps eagerly, slower"
     return None
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler that Inductor would use, as the path or name it knows it by."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return None
 
 
 def example(*shape: str, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from .steps import Indices
 
 Compiled = Callable[[list[Tensor]], object] | None
 
+NO_SEED = torch.empty(0, dtype=torch.int32)  # rows come hashed
 UNBOUNDED = 1 << 30  # a window's side where it has none, in compiled code; positions stay far below
 
 
@@ -51,7 +52,7 @@ class Kernels:
     ) -> None:
         run = self._compiled(_softmax_kernel, masked)
         if run is not None:
-            run([scores, row_max, row_sum, accumulator, *indices, *self._arguments()])
+            run([scores, row_max, row_sum, accumulator, *_flat(indices), *self._arguments()])
         else:
             steps.softmax_step(scores, row_max, row_sum, accumulator, indices, self._program, masked)
 
@@ -60,7 +61,7 @@ class Kernels:
     ) -> None:
         run = self._compiled(_gradient_kernel, masked)
         if run is not None:
-            run([scores, dprobs, lse, delta, *indices, *self._arguments()])
+            run([scores, dprobs, lse, delta, *_flat(indices), *self._arguments()])
         else:
             steps.gradient_step(scores, dprobs, lse, delta, indices, self._program, masked, self._keep_probability)
 
@@ -95,11 +96,14 @@ class Kernels:
                 self._numbers.append(program.alibi_slopes.to(self._dtype).contiguous())
             if program.dropout is not None:
                 self._numbers += [
-                    program.dropout.seed,
                     torch.tensor(program.dropout.threshold, dtype=torch.int32),
                     torch.tensor(self._keep_probability, dtype=self._dtype),
                 ]
         return self._numbers
+
+
+def _flat(indices: Indices) -> list[Tensor]:
+    return [*indices[:4], *(indices.dropout_row or ())]
 
 
 def _example_arguments(features: Features) -> list[Tensor]:
@@ -111,12 +115,16 @@ def _example_arguments(features: Features) -> list[Tensor]:
     if features.alibi:
         examples.append(example("batch", "nheads", dtype=features.dtype))
     if features.dropout:
-        examples += [example("2", dtype=torch.int32), example(dtype=torch.int32), example(dtype=features.dtype)]
+        rows = [example("p", "g", "m", "1", dtype=torch.int32) for _ in range(2)]
+        examples = [*examples[:4], *rows, *examples[4:], example(dtype=torch.int32), example(dtype=features.dtype)]
     return examples
 
 
 def _rebuilt(features: Features, tensors: tuple[Tensor, ...]) -> tuple[Indices, ScoreProgram, Tensor | float]:
-    indices, rest = Indices(*tensors[:4]), iter(tensors[4:])
+    rest = iter(tensors)
+    indices = Indices(next(rest), next(rest), next(rest), next(rest))
+    if features.dropout:
+        indices = indices._replace(dropout_row=(next(rest), next(rest)))
     seqlen_q, seqlen_k, left, right, softmax_scale = (next(rest) for _ in range(5))
     program = ScoreProgram(
         seqlen_q,
@@ -125,7 +133,7 @@ def _rebuilt(features: Features, tensors: tuple[Tensor, ...]) -> tuple[Indices, 
         softcap=next(rest) if features.softcap else None,
         alibi_slopes=next(rest) if features.alibi else None,
         window=Window(left, right),
-        dropout=Dropout(next(rest), next(rest)) if features.dropout else None,
+        dropout=Dropout(NO_SEED, next(rest)) if features.dropout else None,
     )
     return indices, program, next(rest) if features.dropout else 1.0
 

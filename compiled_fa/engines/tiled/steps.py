@@ -19,12 +19,23 @@ from ...scores import ScoreProgram
 
 
 class Indices(NamedTuple):
-    """int32, broadcastable to a tile: batch (p, 1, 1, 1), head (p, g, 1, 1), q_idx (m, 1), kv_idx (n)."""
+    """int32, broadcastable to a tile: batch (p, 1, 1, 1), head (p, g, 1, 1), q_idx (m, 1), kv_idx (n).
+
+    dropout_row: two of (p, g, m, 1), what dropout's decisions in a row have in common (scores/dropout.py): hashed once
+    a row, not once an element. None without dropout.
+    """
 
     batch: Tensor
     head: Tensor
     q_idx: Tensor
     kv_idx: Tensor
+    dropout_row: tuple[Tensor, Tensor] | None = None
+
+
+def _keep(program: ScoreProgram, indices: Indices) -> Tensor:
+    if program.dropout is None or indices.dropout_row is None:
+        raise ValueError("this tile has no dropout")
+    return program.dropout.keep_in_row(indices.dropout_row, indices.kv_idx)
 
 
 def softmax_step(
@@ -41,9 +52,9 @@ def softmax_step(
     scores: products q·k -> probabilities not yet normalised, dropped ones 0. row_max, row_sum: brought up to date.
     accumulator: rescaled to the new maximum, ready for this tile's P·V.
     """
-    score = program.score(scores, *indices)
+    score = program.score(scores, *indices[:4])
     if masked:
-        score = torch.where(program.mask(*indices), score, -inf)
+        score = torch.where(program.mask(*indices[:4]), score, -inf)
     new_max = torch.maximum(row_max, score.amax(-1))
     # A row that has met no key yet has maximum -inf: subtract 0 instead, so that exp gives 0 and not exp(nan).
     shift = torch.where(new_max == -inf, 0.0, new_max)
@@ -53,7 +64,7 @@ def softmax_step(
     row_max.copy_(new_max)
     accumulator.mul_(rescale[..., None])
     # The softmax is normalised over all keys, dropped ones included: drop after the sum.
-    scores.copy_(torch.where(program.keep(*indices), probs, 0.0) if program.dropout is not None else probs)
+    scores.copy_(torch.where(_keep(program, indices), probs, 0.0) if program.dropout is not None else probs)
 
 
 def softmax_finish(
@@ -81,13 +92,13 @@ def gradient_step(
     scores: products q·k -> P with dropout, for dV. dprobs: dO·V -> gradient of the products, for dQ and dK.
     lse: +inf for rows without a key, so that their probabilities are 0. delta: rowsum(dO * O) - dlse.
     """
-    score = program.score(scores, *indices)
+    score = program.score(scores, *indices[:4])
     if masked:
-        score = torch.where(program.mask(*indices), score, -inf)
+        score = torch.where(program.mask(*indices[:4]), score, -inf)
     probs = torch.exp(score - lse[..., None])
     dropped = probs
     if program.dropout is not None:
-        keep = program.keep(*indices)
+        keep = _keep(program, indices)
         dropped = torch.where(keep, probs, 0.0) / keep_probability
         dprobs_kept = torch.where(keep, dprobs, 0.0) / keep_probability
         dscore = probs * (dprobs_kept - delta[..., None])

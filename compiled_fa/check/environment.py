@@ -1,0 +1,38 @@
+"""What this machine has, and which engine will serve it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from .. import engines
+from ..engines.tiled import inductor
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe(device: torch.device, engine: str) -> dict[str, str]:
+    """Labels and values, in the order of the report."""
+    name, reason = engines.choose(engine, device.type)
+    cuda = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if cuda else f"{platform.processor() or platform.machine()}"
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else "none (not a CUDA device)"
+    return {
+        "compiled_fa": _version("compiled-fa"),
+        "Python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "Triton": _version("triton"),
+        "C++ compiler": inductor.compiler() or "none found",
+        "device": f"{device} ({hardware}), {torch.get_num_threads()} threads",
+        "compute capability": capability,
+        "engine": f"{name} ({reason})",
+        "compiled steps": inductor.why_not() or "yes, by Inductor" if device.type == "cpu" else "no, plain PyTorch ops",
+    }

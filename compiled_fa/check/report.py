@@ -1,0 +1,100 @@
+"""The command `python -m compiled_fa`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import engines
+from .cases import CASES, Run
+from .environment import describe
+
+ROUNDS = 5  # timings of each peer, interleaved; the median counts
+
+
+def interleaved_medians(peers: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Median seconds of each, run in turns, so that what else the machine does slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    for turn in range(ROUNDS + 1):  # the first is for warming up
+        for name, run in peers.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def check(run: Run, device: torch.device) -> dict[str, Any]:
+    """One row of the report."""
+    start = time.perf_counter()
+    errors = run.errors()
+    first = time.perf_counter() - start
+    peers: dict[str, Callable[[], object]] = {"ours": lambda: run.results(run.ours)}
+    peers["naive"] = lambda: run.results(run.naive)
+    if run.has_sdpa:
+        peers["sdpa"] = lambda: run.results(run.sdpa)
+    seconds = interleaved_medians(peers, device)
+    return {
+        "case": run.case.name,
+        "errors": errors,
+        "seconds": seconds,
+        "first_use_seconds": first,
+        "ok": all(e["ours"] <= e["budget"] for e in errors.values()),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    header = f"{'case':<16}" + "".join(f"{name + ' error (naive)':>24}" for name in ("out", "dq", "dk", "dv"))
+    lines = [header + f"{'time / naive':>14}{'/ SDPA':>8}   within budget"]
+    for row in rows:
+        cells = "".join(f"{e['ours']:>14.1e} ({e['naive']:.1e})" for e in row["errors"].values())
+        seconds = row["seconds"]
+        sdpa = f"{seconds['ours'] / seconds['sdpa']:.2f}" if "sdpa" in seconds else "-"
+        verdict = "yes" if row["ok"] else "NO"
+        lines.append(f"{row['case']:<16}{cells}{seconds['ours'] / seconds['naive']:>14.2f}{sdpa:>8}   {verdict}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """-> exit status: 1 when a case is out of its error budget."""
+    parser = argparse.ArgumentParser(
+        prog="python -m compiled_fa",
+        description="Tell which engine serves this machine, and hold it against float64, naive attention and SDPA.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--device", default=None, help="default: cuda where available, else cpu")
+    parser.add_argument("--engine", default=engines.requested(), choices=["auto", *engines.ENGINES])
+    parser.add_argument("--dtype", default=None, choices=["float16", "bfloat16", "float32", "float64"])
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="repeat for several")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
+
+    environment = describe(device, options.engine)
+    if not options.json:
+        print("\n".join(f"{label:<20}{value}" for label, value in environment.items()), flush=True)
+        print(f"\nForward and gradients in {dtype}, errors against float64:", flush=True)
+    chosen = [case for case in CASES if not options.case or case.name in options.case]
+    rows = []
+    for number, case in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}] {case.name}: compiling and checking ...", file=sys.stderr, flush=True)
+        rows.append(check(Run(case, device, dtype, options.engine), device))
+        first = rows[-1]["first_use_seconds"]
+        print(f"[{number}/{len(chosen)}] {case.name}: done, first use {first:.1f} s", file=sys.stderr, flush=True)
+    ok = all(row["ok"] for row in rows)
+    if options.json:
+        print(json.dumps({"environment": environment, "dtype": str(dtype), "cases": rows, "ok": ok}, indent=2))
+    else:
+        print(_table(rows))
+        print("Times are of forward and gradients together; below 1 ours is faster.")
+        print("All within budget." if ok else "OUT OF BUDGET: see the rows marked NO.")
+    return 0 if ok else 1
