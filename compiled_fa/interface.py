@@ -297,6 +297,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _length(argument: str, length: int | Tensor, total: int) -> int:
     """A length as an int. To read it off another device would wait for that device; the total bounds it as well."""
     if not isinstance(length, Tensor):
+        validation.length(argument, length)
         return length
     if length.numel() != 1:
         validation.refuse(argument, "an int or a tensor of one element", f"shape {tuple(length.shape)}")
@@ -313,11 +314,10 @@ def _options(
     alibi_slopes: Tensor | None,
 ) -> tuple[float | None, bool, int, int, float, Tensor | None, float, Tensor | None]:
     """The ops' options, in their order, with a dropout seed drawn from the device's generator where one is needed."""
-    if len(window_size) != 2:
-        validation.refuse("window_size", "two numbers, (left, right)", window_size)
-    left, right = window_size.tolist() if isinstance(window_size, Tensor) else window_size
-    if dropout_p is None or not 0.0 <= dropout_p < 1.0:
-        validation.refuse("dropout_p", "at least 0 and below 1", dropout_p)
+    left, right = validation.window_size(window_size)
+    validation.dropout_probability(dropout_p)
+    if alibi_slopes is not None:
+        _check_tensors(alibi_slopes=alibi_slopes)
     if dropout_p < NO_DROPOUT:
         dropout_p = 0.0
     seed = torch.randint(2**62, (1,), device=q.device, dtype=torch.int64) if dropout_p else None

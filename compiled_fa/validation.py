@@ -57,19 +57,46 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, str]) -> None:
         refuse("k", f"of a number of heads that divides q's {nheads}", nheads_k)
 
 
+def length(argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        refuse(argument, "an int or a tensor of one element", repr(value), TypeError)
+
+
+def window_size(value: Any) -> tuple[int, int]:
+    """(left, right) of a pair of integers in any form."""
+    wanted = "two integers, (left, right)"
+    sides = value.tolist() if isinstance(value, Tensor) else value
+    if not isinstance(sides, (tuple, list)):
+        refuse("window_size", wanted, value, TypeError)
+    if len(sides) != 2:
+        refuse("window_size", wanted, value)
+    if not all(isinstance(side, (int, torch.SymInt)) for side in sides):
+        refuse("window_size", wanted, value, TypeError)
+    left, right = sides
+    return left, right
+
+
+def window_side(argument: str, side: int) -> None:
+    if side < -1:
+        refuse(argument, "-1 (unbounded) or at least 0", side)
+
+
+def dropout_probability(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        refuse("dropout_p", "at least 0 and below 1", dropout_p)
+
+
 def options(problem: Problem, window_left: int = -1, window_right: int = -1) -> None:
     """Everything of a call but q, k, v and where the sequences lie."""
     q, batch, softmax_scale, softcap = problem.q, problem.batch, problem.softmax_scale, problem.softcap
     dropout_p, dropout_seed, alibi_slopes = problem.dropout_p, problem.dropout_seed, problem.alibi_slopes
     if not math.isfinite(softmax_scale):
         refuse("softmax_scale", "finite", softmax_scale)
-    for argument, side in (("window_size[0]", window_left), ("window_size[1]", window_right)):
-        if side < -1:
-            refuse(argument, "-1 (unbounded) or at least 0", side)
+    window_side("window_size[0]", window_left)
+    window_side("window_size[1]", window_right)
     if not (math.isfinite(softcap) and softcap >= 0.0):
         refuse("softcap", "finite and at least 0 (0: none)", softcap)
-    if not 0.0 <= dropout_p < 1.0:
-        refuse("dropout_p", "at least 0 and below 1", dropout_p)
+    dropout_probability(dropout_p)
     if dropout_p > 0.0:
         if dropout_seed is None:
             refuse("dropout_seed", "an int64 tensor of one element where dropout_p > 0", None)
@@ -153,6 +180,8 @@ def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
 
 def backward(problem: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """What a backward op is given besides its forward's arguments."""
+    if problem.packed is not None and problem.packed.block_table is not None:
+        raise RuntimeError("attention with a block_table is forward only: paged keys and values have no gradient")
     q = problem.q
     for argument, given in (("dout", dout), ("out", out)):
         if tuple(given.shape) != (*q.shape[:-1], problem.v.shape[-1]):

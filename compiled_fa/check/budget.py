@@ -37,7 +37,13 @@ def budget(naive: Tensor, exact: Tensor, magnitude: float) -> float:
 
 
 def magnitudes(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, softmax_scale: float, keep_probability: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    softmax_scale: float,
+    keep_probability: float,
+    dlse: Tensor | None = None,
 ) -> dict[str, float]:
     """Magnitude of the terms whose sum is each result: what cancels in them leaves its rounding behind."""
 
@@ -52,6 +58,8 @@ def magnitudes(
     # p is off by roundings of its score and of lse; dS = P (dP - delta) by those of dP and delta.
     probability = 1.0 + score
     dscore = longest_row(dout) * longest_row(v) / keep_probability * probability
+    if dlse is not None:
+        dscore += largest(dlse) * probability
     return {
         "out": largest(v) / keep_probability * probability,
         "lse": probability,

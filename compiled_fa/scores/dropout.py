@@ -50,18 +50,18 @@ class Dropout:
         return cls(seed.reshape(1).view(torch.int32), threshold)
 
     def row(self, batch: Tensor, head: Tensor, q_idx: Tensor) -> Row:
-        """What the decisions of a row have in common, of the broadcast shape of the three indices (int32)."""
+        """What the decisions of a row have in common, of the broadcast shape of the three indices."""
         low, high = mix(self.seed[0]), mix(self.seed[1] ^ GOLDEN)
         for index in (batch, head, q_idx):
-            low = mix(low + index)
+            low = mix(low + index.to(torch.int32))
             high = mix(high + low)
         return low, high
 
     def keep_in_row(self, row: Row, kv_idx: Tensor) -> Tensor:
-        """Boolean, of the broadcast shape of row and key indices (int32)."""
+        """Boolean, of the broadcast shape of row and key indices."""
         low, high = row
-        return mix(mix(low + kv_idx) + high) >= self.threshold
+        return mix(mix(low + kv_idx.to(torch.int32)) + high) >= self.threshold
 
     def keep(self, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """Boolean, of the broadcast shape of the four indices (int32)."""
+        """Boolean, of the broadcast shape of the four indices."""
         return self.keep_in_row(self.row(batch, head, q_idx), kv_idx)

@@ -2,7 +2,8 @@
 
 `score`, `mask` and `keep` are functions of (score, batch, head, q_idx, kv_idx) on tensors of broadcastable shapes. The
 tiled engine calls them on whole tiles; torch's flex_attention takes `score` as its score_mod (with scale=1.0) and
-`mask` as its mask_mod, unchanged. Indices count within their own sequence.
+`mask` as its mask_mod, unchanged (create_block_mask wants functools.partial(program.mask): it counts arguments, and a
+bound method's self among them). Indices count within their own sequence.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -85,7 +86,9 @@ def compiled(
     with _lock:
         if key not in _compiled:
             try:
-                _compiled[key] = _compile(step, examples())
+                # A thread of its own: the caller's may be inside someone's tracing or dispatch modes.
+                with ThreadPoolExecutor(1) as pool:
+                    _compiled[key] = pool.submit(_compile, step, examples()).result()
             except Exception as error:
                 _say_once(f"Inductor could not compile a step ({type(error).__name__}: {error}); it runs eagerly")
                 _compiled[key] = None

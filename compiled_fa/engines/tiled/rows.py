@@ -88,4 +88,4 @@ class PagedRows:
     def store(
         self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, values: Tensor
     ) -> None:
-        raise RuntimeError("paged keys and values are only read: they have no backward")
+        raise NotImplementedError  # validation has refused the backward of paged keys

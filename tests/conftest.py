@@ -1,0 +1,35 @@
+"""Hypothesis profiles, and eager steps: tests fuzz the tiles without compiling; those that compile say so."""
+
+import os
+
+os.environ.setdefault("COMPILED_FA_COMPILE", "0")
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import HealthCheck
+
+COMMON = {
+    "deadline": None,
+    "derandomize": True,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+hypothesis.settings.register_profile("ci", max_examples=100, **COMMON)
+hypothesis.settings.register_profile("thorough", max_examples=2000, **{**COMMON, "derandomize": False})
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def compiled_steps(monkeypatch):
+    """Steps compiled by Inductor, as users have them."""
+    from compiled_fa.engines.tiled import inductor
+
+    monkeypatch.setenv("COMPILED_FA_COMPILE", "1")
+    if reason := inductor.why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,45 @@
+"""python -m compiled_fa."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from compiled_fa.check import budget, report
+
+
+def test_command_prints_json_and_progress():
+    command = [sys.executable, "-m", "compiled_fa", "--json", "--case", "GQA", "--case", "varlen", "--engine", "tiled"]
+    environment = {**os.environ, "COMPILED_FA_COMPILE": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"]
+    assert [case["case"] for case in found["cases"]] == ["GQA", "varlen"]
+    assert found["environment"]["engine"] == "tiled (asked for by name)"
+    for case in found["cases"]:
+        assert set(case["errors"]) == {"out", "dq", "dk", "dv"}
+        assert all(0 < error["ours"] <= error["budget"] for error in case["errors"].values())
+        assert {"ours", "naive", "sdpa"} <= set(case["seconds"])
+    assert "[1/2] GQA" in done.stderr
+    assert "[2/2] varlen" in done.stderr
+
+
+def test_status_is_1_out_of_budget(monkeypatch, capsys):
+    monkeypatch.setattr(budget, "FACTOR", 0.0)
+    monkeypatch.setattr(budget, "floor", lambda *_: 0.0)
+    assert report.main(["--case", "softcap"]) == 1
+    assert "OUT OF BUDGET" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert report.main(["--case", "softcap"]) == 0
+    out = capsys.readouterr().out
+    assert "All within budget." in out
+    assert all(label in out for label in ("Python", "torch", "Triton", "C++ compiler", "device", "engine"))
+
+
+def test_unknown_case_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--case", "nonsense"])
+    assert "dense causal" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""The tiled engine: which tiles run, how sequences are grouped, and what memory it takes."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import Case, make
+
+from compiled_fa.engines import tiled
+from compiled_fa.engines.tiled import TileSizes, call, chunks
+from compiled_fa.engines.tiled.scratch import KEPT_BYTES, Scratch
+from compiled_fa.scores import Window
+
+
+def computed_scores(monkeypatch, problem, direction="forward"):
+    """Scores that tiles compute, counted where every tile passes."""
+    count = 0
+
+    def counting(step):
+        def run(self, scores, *arguments):
+            nonlocal count
+            count += scores.numel()
+            return step(self, scores, *arguments)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for name in ("softmax_step", "gradient_step"):
+            patch.setattr(call.Kernels, name, counting(getattr(call.Kernels, name)))
+        out, lse = tiled.forward(problem)
+        if direction == "backward":
+            count = 0
+            tiled.backward(problem, out, out, lse)
+    return count
+
+
+def dense(seqlen, **options):
+    return make(Case(((seqlen, seqlen),), True, nheads_k=1, head_dim=2, head_dim_v=2, **options)).problem()
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_masked_tiles_are_never_computed(monkeypatch, direction):
+    n = 4096
+    full = computed_scores(monkeypatch, dense(n), direction)
+    assert full == n * n
+    causal = computed_scores(monkeypatch, dense(n, causal=True), direction)
+    assert causal <= 0.6 * full
+    window = computed_scores(monkeypatch, dense(n, window_size=(256, 0)), direction)
+    assert window <= n * (256 + 1000)
+    twice = computed_scores(monkeypatch, dense(2 * n, window_size=(256, 0)), direction)
+    assert twice <= 2.1 * window
+
+
+def test_varlen_neither_pads_to_the_longest_nor_loops_over_the_short(monkeypatch):
+    generator = random.Random(0)
+    lengths = [generator.randint(1, 64) for _ in range(2000)] + [3000]
+    data = make(Case(tuple((n, n) for n in lengths), nheads_k=1, head_dim=2, head_dim_v=2))
+    useful = sum(n * n for n in lengths)
+    assert computed_scores(monkeypatch, data.problem()) <= 1.3 * useful
+    made = list(call.Call(data.problem(), None).chunks("forward"))
+    assert len(made) <= 100
+    assert all(len(chunk.sequences) == 1 for chunk in made if chunk.lengths_q[1] == 3000)
+
+
+@given(st.data())
+def test_tiles_cover_what_the_mask_keeps_exactly_once(data):
+    """Of unequal sequences run together: nothing kept is left out, nothing is done twice, no tile is without use."""
+    lengths = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4))
+    sides = st.one_of(st.none(), st.integers(0, 20))
+    window = Window(data.draw(sides), data.draw(sides))
+    q, k = [n for n, _ in lengths], [m for _, m in lengths]
+    offsets = [m - n for n, m in lengths]
+    tiles = TileSizes(data.draw(st.integers(1, 16)), data.draw(st.integers(1, 16)), 1)
+    extremes = [(min(x), max(x)) for x in (q, k, offsets)]
+    chunk = chunks.Chunk(range(len(lengths)), slice(0, 1), 1, *extremes, window, tiles)
+    kept = torch.zeros(len(lengths), max(q), max(k), dtype=torch.bool)
+    for b, (n, m) in enumerate(lengths):
+        position, key = torch.arange(n)[:, None] + m - n, torch.arange(m)
+        kept[b, :n, :m] = window.contains(position, key.expand(n, m))
+    by_queries, by_keys = torch.zeros(2, max(q), max(k), dtype=torch.int32)
+    for start, stop in chunk.query_spans():
+        for tile in chunk.key_tiles(start, stop):
+            by_queries[start:stop, tile.start : tile.stop] += 1
+            assert tile.masked or kept[:, start:stop, tile.start : tile.stop].all()
+        for span in chunk.key_spans():
+            tile = chunk.tile_at(start, stop, *span)
+            if tile is not None:
+                by_keys[start:stop, tile.start : tile.stop] += 1
+                assert tile.masked or kept[:, start:stop, tile.start : tile.stop].all()
+    for covered in (by_queries, by_keys):
+        assert covered.max() <= 1
+        assert (covered[kept.any(0)] == 1).all()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 700), st.integers(0, 700)), max_size=50), st.integers(1, 8), st.integers(1, 40)
+)
+def test_chunks_hold_every_sequence_and_head_once(lengths, nheads_k, pairs):
+    seen = []
+    for chunk in chunks.chunks(lengths, nheads_k, 2, Window(), lambda *_: TileSizes(64, 64, pairs)):
+        assert chunk.pairs <= max(pairs, 1)
+        seen += [(s, h) for s in chunk.sequences for h in range(chunk.key_heads.start, chunk.key_heads.stop)]
+        for s in chunk.sequences:
+            for side, extremes in enumerate((chunk.lengths_q, chunk.lengths_k)):
+                assert extremes[0] <= lengths[s][side] <= extremes[1] <= max(1.34 * lengths[s][side], 8)
+    expected = [(s, h) for s, pair in enumerate(lengths) if min(pair) for h in range(nheads_k)]
+    assert sorted(seen) == expected
+
+
+def test_scratch_is_reused_and_large_buffers_are_given_back():
+    with Scratch(torch.device("cpu")) as scratch:
+        small = scratch.take("a test's small", (3, 5), torch.float32)
+        large = scratch.take("a test's large", (KEPT_BYTES,), torch.float32)
+        assert scratch.take("a test's small", (15,), torch.float32).data_ptr() == small.data_ptr()
+    with Scratch(torch.device("cpu")) as scratch:
+        assert scratch.take("a test's small", (4,), torch.float32).data_ptr() == small.data_ptr()
+        del large
+        assert ("a test's large", torch.float32) not in scratch._buffers
+
+
+def test_peak_memory_is_linear_in_length(monkeypatch):
+    """What a call allocates beside inputs and results, from the allocator's own records."""
+
+    def extra(seqlen):
+        problem = dense(seqlen, causal=True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            out, lse = tiled.forward(problem)
+            tiled.backward(problem, out, out, lse)
+        now = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                peak = max(peak, now)
+        return peak
+
+    extra(512)  # fills the scratch that stays
+    short, long = extra(4096), extra(16384)
+    assert 0 < long <= 6 * short
+    assert long < 16384 * 16384  # a quarter of an fp32 score matrix
