@@ -165,10 +165,12 @@ def main(argv: list[str] | None = None) -> int:
             f"{options.text} has {len(text)} bytes, and --block-size {options.block_size} needs at least "
             f"{options.block_size + 1}: give a longer --text or a smaller --block-size"
         )
-    figure_class = None
+    figure_class: Any = None
     if options.plot:
         try:
-            from matplotlib.figure import Figure as figure_class  # noqa: N813
+            from matplotlib.figure import Figure
+
+            figure_class = Figure
         except ImportError:
             parser.error("--plot needs matplotlib: pip install 'compiled-fa[plots]'")
 
