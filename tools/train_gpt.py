@@ -96,11 +96,12 @@ def plot(runs: dict[str, Run], path: Path, figure_class: Any) -> None:
     figure = figure_class(figsize=(7, 6), layout="constrained")
     losses, differences = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     first, *others = runs
+    steps = range(1, len(runs[first].losses) + 1)
     for index, (name, run) in enumerate(runs.items()):  # each thinner, for curves that agree hide each other
-        losses.plot(run.losses, label=name, linewidth=1 + 2 * (len(others) - index))
+        losses.plot(steps, run.losses, label=name, linewidth=1 + 2 * (len(others) - index))
     for name in others:
-        differences.plot((runs[name].losses - runs[first].losses).abs(), ".", label=f"|{name} - {first}|")
-    differences.plot(tolerances(len(runs[first].losses)), "k--", label="tolerance")
+        differences.plot(steps, (runs[name].losses - runs[first].losses).abs(), ".", label=f"|{name} - {first}|")
+    differences.plot(steps, tolerances(len(steps)), "k--", label="tolerance")
     losses.set_ylabel("loss (nats per byte)")
     differences.set(xlabel="step", ylabel="difference", yscale="log")
     losses.legend()
