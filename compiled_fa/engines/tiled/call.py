@@ -72,12 +72,11 @@ class Call:
         head_dims = problem.q.shape[-1] + problem.v.shape[-1]
 
         def sizes(seqlen_q: int, seqlen_k: int) -> TileSizes:
-            # Forward copies k and v, backward q, dout and dq; see tiles.choose.
             if self._tiles is not None:
                 return self._tiles
-            rows = seqlen_k if direction == "forward" else 2 * seqlen_q * self.heads_per_key
+            bytes_per_row = head_dims * self.dtype.itemsize
             banded = self.program.window != Window()
-            return choose(seqlen_q, seqlen_k, self.heads_per_key, head_dims * self.dtype.itemsize, rows, banded)
+            return choose(direction, seqlen_q, seqlen_k, self.heads_per_key, bytes_per_row, banded)
 
         return chunking.chunks(
             self._lengths,
