@@ -16,10 +16,13 @@ siblings) it tells which tiles exist and which need no mask, without looking at 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+Position = Any  # int or Tensor: a position, or the positions of many tiles
 
 
 def query_position(q_idx: Tensor, seqlen_q: int | Tensor, seqlen_k: int | Tensor) -> Tensor:
@@ -49,16 +52,40 @@ class Window(NamedTuple):
             inside = inside & (kv_idx <= position + self.right)
         return inside
 
-    # Half-open intervals [start, stop) of integers; one may come out empty or beyond the keys: the caller clips.
+    # Half-open intervals [start, stop), empty where start >= stop; of ints, or of tensors for many tiles at once.
 
-    def keys_seen_by_any(self, first: int, last: int, seqlen_k: int) -> tuple[int, int]:
+    def keys_seen_by_any(self, first: Position, last: Position, seqlen_k: Position) -> tuple[Position, Position]:
         """Keys that some query at a position in first..last sees."""
-        start = 0 if self.left is None else max(0, first - int(self.left))
-        stop = seqlen_k if self.right is None else min(seqlen_k, last + int(self.right) + 1)
+        return self._interval(first, last, 0, seqlen_k)
+
+    def keys_seen_by_all(self, first: Position, last: Position, seqlen_k: Position) -> tuple[Position, Position]:
+        """Keys that every query at a position in first..last sees: there a tile needs no mask."""
+        return self._interval(last, first, 0, seqlen_k)
+
+    def positions_that_see_any(
+        self, first: Position, last: Position, lowest: Position, highest: Position
+    ) -> tuple[Position, Position]:
+        """Positions in lowest..highest (exclusive) that see some key in first..last."""
+        return Window(self.right, self.left)._interval(first, last, lowest, highest)
+
+    def positions_that_see_all(
+        self, first: Position, last: Position, lowest: Position, highest: Position
+    ) -> tuple[Position, Position]:
+        """Positions in lowest..highest (exclusive) that see every key in first..last."""
+        return Window(self.right, self.left)._interval(last, first, lowest, highest)
+
+    def _interval(
+        self, of_left: Position, of_right: Position, lowest: Position, highest: Position
+    ) -> tuple[Position, Position]:
+        """lowest..highest, cut to of_left - left on the left and to of_right + right on the right."""
+        start = lowest if self.left is None else _larger(of_left - self.left, lowest)
+        stop = highest if self.right is None else _smaller(of_right + self.right + 1, highest)
         return start, stop
 
-    def keys_seen_by_all(self, first: int, last: int, seqlen_k: int) -> tuple[int, int]:
-        """Keys that every query at a position in first..last sees: there a tile needs no mask."""
-        start = 0 if self.left is None else max(0, last - int(self.left))
-        stop = seqlen_k if self.right is None else min(seqlen_k, first + int(self.right) + 1)
-        return start, stop
+
+def _larger(a: Position, b: Position) -> Position:
+    return torch.as_tensor(a).clamp(min=b) if isinstance(a, Tensor) or isinstance(b, Tensor) else max(a, b)
+
+
+def _smaller(a: Position, b: Position) -> Position:
+    return torch.as_tensor(a).clamp(max=b) if isinstance(a, Tensor) or isinstance(b, Tensor) else min(a, b)

@@ -65,7 +65,11 @@ class ScoreProgram:
     def mask(self, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """True where the query sees the key (a flex_attention mask_mod)."""
         within = (q_idx < _of_batch(self.seqlen_q, batch)) & (kv_idx < _of_batch(self.seqlen_k, batch))
-        return within & self.window.contains(self._position(batch, q_idx), kv_idx)
+        return within & self.in_window(batch, head, q_idx, kv_idx)
+
+    def in_window(self, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """`mask` where both indices are known to lie within the lengths."""
+        return self.window.contains(self._position(batch, q_idx), kv_idx)
 
     def keep(self, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """True where dropout keeps the probability; only where `dropout` is set."""
