@@ -20,6 +20,7 @@ from .faults import RaceError
 from .parser import Instruction
 
 READ, WRITE, ATOMIC = "reads", "writes", "updates atomically"
+NOBODY, SEVERAL = -1, -2  # in place of a group's number
 Array = NDArray[Any]
 
 
@@ -44,8 +45,8 @@ class _Access:
 class RaceDetector:
     def __init__(self, size: int, num_threads: int) -> None:
         self.num_warps = num_threads // 32
-        self._touched_by = np.full(size, -1, np.int32)
-        self._shared = np.zeros(size, np.bool_)
+        # Which group wrote each byte last in the interval under judgement, or updated it atomically.
+        self._owners = {kind: np.full(size, NOBODY, np.int32) for kind in (WRITE, ATOMIC)}
         self.clear()
 
     def clear(self) -> None:
@@ -76,35 +77,37 @@ class RaceDetector:
         """Raises if two groups of `group` threads (one thread, or a warp) race in these accesses."""
         if all(access.kind == READ for access in log):
             return
-        self._touched_by[...], self._shared[...] = -1, False
-        for access in log:
+        for owners in self._owners.values():
+            owners[...] = NOBODY
+        # Writes first: whether a read comes before or after the write that it races with makes no difference.
+        for access in sorted(log, key=lambda access: (WRITE, ATOMIC, READ).index(access.kind)):
             where, thread = access.bytes()
             owner = thread // group
-            previous = self._touched_by[where]
-            # Of several threads at one byte in this access, one is left in `touched_by`; the others see that.
-            self._touched_by[where] = owner
-            meet = (self._touched_by[where] != owner) | ((previous >= 0) & (previous != owner))
-            self._shared[where[meet]] = True
-        if not self._shared.any():
-            return
-        for access in log:
-            if access.kind != WRITE and not (access.kind == ATOMIC and any(other.kind == READ for other in log)):
-                continue
-            where, thread = access.bytes()
-            for index in np.flatnonzero(self._shared[where]):
-                self._accuse(log, access, int(where[index]), int(thread[index]), group)
+            for kind, owners in self._owners.items():
+                if kind == access.kind == ATOMIC:
+                    continue
+                earlier = owners[where]
+                conflict = (earlier != NOBODY) & (earlier != owner)
+                if conflict.any():
+                    first = int(conflict.argmax())
+                    self._accuse(log, access, int(where[first]), int(thread[first]), kind, group)
+            if access.kind in self._owners:
+                owners = self._owners[access.kind]
+                several = (owners[where] != NOBODY) & (owners[where] != owner)
+                owners[where] = owner
+                # Of several threads at one byte in this access one stays; the others notice.
+                several |= owners[where] != owner
+                owners[where[several]] = SEVERAL
 
-    def _accuse(self, log: list[_Access], access: _Access, byte: int, thread: int, group: int) -> None:
+    def _accuse(self, log: list[_Access], access: _Access, byte: int, thread: int, kind: str, group: int) -> None:
+        """Finds the access of `kind` by another group that `thread` races with, and raises."""
         for other in log:
-            if other is access or (access.kind == other.kind == ATOMIC):
-                continue  # within one instruction the memory itself compares the values written
             where, threads = other.bytes()
             others = threads[(where == byte) & (threads // group != thread // group)]
-            if others.size:
+            if other is not access and other.kind == kind and others.size:
                 fault = RaceError(
-                    f"thread {thread} {access.kind} and thread {int(others[0])} {other.kind} the same byte of shared "
-                    f"memory with no barrier between (the other is line {other.instruction.line}: "
-                    f"{other.instruction.text})",
+                    f"thread {thread} {access.kind} and thread {int(others[0])} {kind} the same byte of shared memory "
+                    f"with no barrier between (the other is line {other.instruction.line}: {other.instruction.text})",
                     thread=thread,
                     address=byte,
                 )
