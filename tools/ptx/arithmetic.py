@@ -13,7 +13,6 @@ from .registers import DTYPES, Array, Mask
 from .rounding import (
     canonical,
     flush,
-    multiply_add,
     multiply_add_float32,
     round_float,
     saturate,
@@ -62,7 +61,14 @@ def float_function(function: Callable[..., Array], flags: set[str], *, flushes: 
 def _add(a: Array, b: Array, mode: str) -> Array:
     if mode == "rn" or a.dtype == np.float64:
         return a + b
-    return round_float(sum_to_odd(a.astype(np.float64), b.astype(np.float64)), a.dtype, mode)
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    return round_float(_signed_zero(sum_to_odd(x, y), x, y, mode), a.dtype, mode)
+
+
+def _signed_zero(total: Array, a: Array, b: Array, mode: str) -> Array:
+    """A sum a + b that cancels is +0, but -0 when rounding down."""
+    cancels = (mode == "rm") & (total == 0) & (np.signbit(a) != np.signbit(b))
+    return np.where(cancels, -0.0, total)
 
 
 def _multiply(a: Array, b: Array, mode: str) -> Array:
@@ -74,7 +80,8 @@ def _multiply(a: Array, b: Array, mode: str) -> Array:
 def _fused(a: Array, b: Array, c: Array, mode: str) -> Array:
     if a.dtype == np.float32 and mode == "rn":
         return multiply_add_float32(a, b, c)
-    return round_float(multiply_add(a, b, c), a.dtype, mode)
+    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    return round_float(_signed_zero(sum_to_odd(product, addend), product, addend, mode), a.dtype, mode)
 
 
 def _saturating(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
@@ -136,11 +143,6 @@ def _multiplication(instruction: Instruction, context: Context) -> Execute:
     else:
         function, result = _integer_product(instruction, kind, flags - {"sat"})
     return elementwise(instruction, context, function, result, [kind, kind])
-
-
-@defines("mul24", "mad24")
-def _multiplication24(instruction: Instruction, context: Context) -> Execute:
-    raise unsupported(instruction)
 
 
 @defines("fma", "mad")
@@ -231,9 +233,8 @@ def _extremum(instruction: Instruction, context: Context) -> Execute:
 
     def function(a: Array, b: Array) -> Array:
         # -0 counts as less than +0, which a comparison does not see.
-        first = (a < b) | ((a == b) & (np.signbit(a) if smaller else ~np.signbit(a)))
-        if not smaller:
-            first = (a > b) | ((a == b) & ~np.signbit(a))
+        first = a < b if smaller else a > b
+        first |= (a == b) & (np.signbit(a) == smaller)
         value = np.where(first, a, b)
         if "NaN" in flags:
             return np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), value)

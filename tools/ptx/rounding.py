@@ -33,14 +33,8 @@ def sum_to_odd(a: Array, b: Array) -> Array:
     return total
 
 
-def multiply_add(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c with one rounding, to odd, for float16 or float32 inputs, whose product float64 holds exactly."""
-    product = a.astype(np.float64) * b.astype(np.float64)
-    return sum_to_odd(product, c.astype(np.float64))
-
-
 def multiply_add_float32(a: Array, b: Array, c: Array) -> Array:
-    """fma.rn.f32: as rounding multiply_add, but without its cost where rounding twice cannot matter."""
+    """fma.rn.f32: a * b + c rounded once, without the cost of rounding to odd where rounding twice cannot matter."""
     total = a.astype(np.float64)
     total *= b
     product = total.copy()
