@@ -30,9 +30,7 @@ def convert(text: str, to: str, source_kind: str, values: np.ndarray) -> np.ndar
 @given(values=floats("f32"))
 def test_float32_to_float16(mode: str, values: np.ndarray) -> None:
     scaled = np.where(np.arange(32) % 2, values, np.float32(3e-8) * (np.arange(32, dtype=np.float32) - 9))
-    wanted = [
-        exact.round_to(Fraction(x), exact.F16, mode) if math.isfinite(x) and x else x for x in map(float, scaled)
-    ]
+    wanted = [exact.round_to(Fraction(x), exact.F16, mode) if math.isfinite(x) and x else x for x in map(float, scaled)]
     assert_same(convert(f"{mode}.f16.f32", "f16", "f32", scaled), wanted, "f16")
 
 
@@ -76,7 +74,9 @@ def test_rounding_to_integral_floats(mode: str, values: np.ndarray) -> None:
     assert_same(convert(f"{mode}.f32.f32", "f32", "f32", values), wanted, "f32")
 
 
-@pytest.mark.parametrize(("to", "kind"), [("u64", "u32"), ("s64", "s32"), ("u32", "u64"), ("s32", "s16"), ("u16", "u32")])
+@pytest.mark.parametrize(
+    ("to", "kind"), [("u64", "u32"), ("s64", "s32"), ("u32", "u64"), ("s32", "s16"), ("u16", "u32")]
+)
 @given(data=st.data())
 def test_integer_widths(to: str, kind: str, data: st.DataObject) -> None:
     values = data.draw(integers(kind))

@@ -169,5 +169,3 @@ def _atomic(instruction: Instruction, context: Context) -> Execute:
 def _fence(instruction: Instruction, context: Context) -> Execute:
     split(instruction, "cta", "gl", "sys", "gpu", "sc", "acq_rel", "acquire", "release")
     return lambda mask: None  # instructions take effect one after the other, so there is nothing left to order
-
-

@@ -34,8 +34,7 @@ def elementwise(
     if len(instruction.operands) != 1 + len(sources):
         raise unsupported(instruction)
     arrays = [
-        context.registers.source(operand, kind)
-        for operand, kind in zip(instruction.operands[1:], sources, strict=True)
+        context.registers.source(operand, kind) for operand, kind in zip(instruction.operands[1:], sources, strict=True)
     ]
     write = context.registers.target(instruction.operands[0], target)
     return lambda mask: write(function(*arrays), mask)
@@ -212,9 +211,7 @@ def _remainder(instruction: Instruction, context: Context) -> Execute:
 def _sign(instruction: Instruction, context: Context) -> Execute:
     (kind,), flags = split(instruction, "ftz")
     if kind not in FLOATS:
-        return elementwise(
-            instruction, context, np.negative if instruction.opcode == "neg" else np.abs, kind, [kind]
-        )
+        return elementwise(instruction, context, np.negative if instruction.opcode == "neg" else np.abs, kind, [kind])
     function = np.negative if instruction.opcode == "neg" else np.abs
     # These act on the sign bit alone: a NaN keeps its payload.
     return elementwise(instruction, context, lambda a: function(flush(a) if "ftz" in flags else a), kind, [kind])

@@ -208,7 +208,9 @@ class Machine:
         if missing.any():
             thread = int(missing.argmax())
             where = "has ended" if not waiting[thread] else "waits at another barrier"
-            fault = BarrierError(f"{int(missing.sum())} threads do not reach this barrier; the first {where}", thread=thread)
+            fault = BarrierError(
+                f"{int(missing.sum())} threads do not reach this barrier; the first {where}", thread=thread
+            )
             raise self._at(instruction, fault)
         try:
             self.memory.shared.races.block_barrier()

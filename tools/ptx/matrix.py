@@ -106,9 +106,7 @@ def _multiply_halves(instruction: Instruction, context: Context, accumulator: st
     writes = [registers.target(part, "f32") for part in to.parts]
 
     def run(mask: Mask) -> None:
-        context.counters.tensor_flops += flops * (
-            warps if mask is None else converged_warps(mask, None, threads).size
-        )
+        context.counters.tensor_flops += flops * (warps if mask is None else converged_warps(mask, None, threads).size)
         left = np.concatenate(a, axis=1).astype(np.float64)
         product = (left @ b.astype(np.float64)).reshape(warps, 2, WARP, 2)
         # (warp, upper or lower half of the rows, lane, which of the lane's two columns)
@@ -128,7 +126,9 @@ def _multiply_bytes(instruction: Instruction, context: Context, a_kind: str, b_k
     to, a_parts, b_parts, c_parts = _parts(instruction, (2, 1, 1, 2))
 
     def tile(vector: Vector, kind: str) -> Array:
-        return registers.source(vector.parts[0], "b32").view(np.int8 if kind == "s8" else np.uint8).reshape(warps, 8, 16)
+        return (
+            registers.source(vector.parts[0], "b32").view(np.int8 if kind == "s8" else np.uint8).reshape(warps, 8, 16)
+        )
 
     a, b = tile(a_parts, a_kind), tile(b_parts, b_kind).swapaxes(1, 2)
     c = [registers.source(part, "s32") for part in c_parts.parts]

@@ -132,9 +132,7 @@ class Kernel:
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)(\s+\.ptr\b[^,]*?)?\s+([\w$]+)\s*(?:\[\d*\])?\s*$")
-_VARIABLE = re.compile(
-    r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?\s*$"
-)
+_VARIABLE = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?\s*$")
 _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)$", re.DOTALL)
 _STATEMENT = re.compile(r"(?P<label>[\w$]+):(?!:)|(?P<line>\.(?:loc|file)\b[^\n]*)|(?P<brace>[{}])")
 _GUARD = re.compile(r"@(!?)([%\w$]+)\s+")

@@ -82,9 +82,7 @@ def launch(
     shared_size = _place(ptx.variables, "shared", shared_bytes, symbols)
     local_size = _place(ptx.variables, "local", 0, symbols)
     with np.errstate(all="ignore"):
-        machine = Machine(
-            ptx, num_threads, memory, parameters, symbols, shared_size, local_size, counters, step_limit
-        )
+        machine = Machine(ptx, num_threads, memory, parameters, symbols, shared_size, local_size, counters, step_limit)
         every = ((x, y, z) for z, y, x in itertools.product(*(range(count) for count in reversed(extent))))
         for block in every if blocks is None else blocks:
             machine.run(block, extent)
@@ -93,9 +91,7 @@ def launch(
     return counters
 
 
-def launch_triton(
-    compiled: Any, grid: Sequence[int], arguments: Mapping[str, Argument], **options: Any
-) -> Counters:
+def launch_triton(compiled: Any, grid: Sequence[int], arguments: Mapping[str, Argument], **options: Any) -> Counters:
     """`launch` of what `triton.compile` returned, with arguments by the names of the kernel's signature.
 
     Arguments that are compile-time constants have no parameter and may be left out or given; they are not read.
