@@ -24,7 +24,9 @@ def test_instructions_are_counted_once_a_warp_that_executes_them() -> None:
     assert counters.opcodes["fma.rn.f32"] == counters.instructions["float"] == 2 * 2
     assert counters.instructions["special function"] == 2 * 2
     assert counters.opcodes["add.s32"] == 2 * 3
-    assert counters.instructions["barrier"] == 2 * 3 and counters.barriers == 2 and counters.blocks == 2
+    assert counters.instructions["barrier"] == 2 * 3
+    assert counters.barriers == 2
+    assert counters.blocks == 2
 
 
 @pytest.mark.parametrize(("stride", "sectors"), [(4, 4), (8, 8), (32, 32), (128, 32), (0, 1)])
@@ -41,8 +43,10 @@ def test_stores_and_intensity() -> None:
         @%p0 st.global.v4.b32 [%d0], {%r0, %r1, %r2, %r3};
         mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%r0,%r1,%r2,%r3}, {%r4,%r5}, {%r6}, {%r0,%r1,%r2,%r3};"""
     counters = counted(body, np.zeros(128, np.float32))
-    assert counters.buffers["x"].bytes_written == 128 and counters.buffers["x"].sectors_written == 4
-    assert counters.tensor_flops == 2048 and counters.global_bytes == counters.sector_bytes == 128
+    assert counters.buffers["x"].bytes_written == 128
+    assert counters.buffers["x"].sectors_written == 4
+    assert counters.tensor_flops == 2048
+    assert counters.global_bytes == counters.sector_bytes == 128
     assert counters.arithmetic_intensity == 16
 
 
@@ -64,7 +68,8 @@ def test_stores_and_intensity() -> None:
 def test_shared_memory_transactions(width: int, stride: int, transactions: int, ideal: int) -> None:
     vector = {4: ("b32", "%r1"), 8: ("v2.b32", "{%r1, %r1}"), 16: ("v4.b32", "{%r1, %r1, %r1, %r1}")}[width]
     load = {4: "%r2", 8: "{%r2, %r3}", 16: "{%r2, %r3, %r4, %r5}"}[width]
-    body = f"""mov.b32 %r0, global_smem; mad.lo.s32 %r0, %tid32, {stride}, %r0; st.shared.{vector[0]} [%r0], {vector[1]};
+    body = f"""mov.b32 %r0, global_smem; mad.lo.s32 %r0, %tid32, {stride}, %r0;
+        st.shared.{vector[0]} [%r0], {vector[1]};
         bar.sync 0; ld.shared.{vector[0]} {load}, [%r0];"""
     counters = counted(body, shared_bytes=8192)
     for traffic in (counters.shared_loads, counters.shared_stores):

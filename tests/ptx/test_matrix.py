@@ -108,7 +108,9 @@ def test_m8n8k16_of_bytes(types: str, saturates: bool, seed: int) -> None:
     generator = np.random.default_rng(seed)
     a, b = (
         generator.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, shape, dtype, endpoint=True)
-        for dtype, shape in zip([np.int8 if t == "s8" else np.uint8 for t in types.split(".")], [(8, 16), (16, 8)])
+        for dtype, shape in zip(
+            [np.int8 if t == "s8" else np.uint8 for t in types.split(".")], [(8, 16), (16, 8)], strict=True
+        )
     )
     c = generator.choice([-(2**31), 2**31 - 1, 0, 1234], (8, 8)).astype(np.int32)
     got = multiply(

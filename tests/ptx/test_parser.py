@@ -13,7 +13,7 @@ from tools.ptx.parser import (
     Sink,
     Special,
     Symbol,
-    SyntaxFault,
+    PtxSyntaxError,
     Variable,
     Vector,
     parse,
@@ -52,7 +52,8 @@ def test_operands(text: str, operands: tuple) -> None:
 
 def test_instruction_names_guards_and_lines() -> None:
     first, second = instructions("@!%p1 ld.global.L1::evict_last.v2.b32\n {%r0, %r1}, [%d0]; // comment\nbar.sync 0;")
-    assert first.name == "ld.global.L1::evict_last.v2.b32" and first.guard == Not(R("%p1"))
+    assert first.name == "ld.global.L1::evict_last.v2.b32"
+    assert first.guard == Not(R("%p1"))
     assert first.text == "@!%p1 ld.global.L1::evict_last.v2.b32 {%r0, %r1}, [%d0]"
     assert second.line == first.line + 2
 
@@ -80,7 +81,9 @@ $L__end:
 """
     kernels = parse(ptx)
     one = kernels["one"]
-    assert list(kernels) == ["one", "two"] and one.target == "sm_75" and one.num_threads == 128
+    assert list(kernels) == ["one", "two"]
+    assert one.target == "sm_75"
+    assert one.num_threads == 128
     assert [(p.name, p.type, p.is_pointer) for p in one.parameters] == [
         ("one_param_0", "u64", True),
         ("one_param_1", "f32", False),
@@ -92,5 +95,5 @@ $L__end:
 
 @pytest.mark.parametrize("body", ["add.s32 %r0, %q1, 2;", ".weird 3;", "mov.b32 %r0, [1+2+3];", "mov.b32 %r0, 1"])
 def test_text_that_is_not_understood_is_an_error(body: str) -> None:
-    with pytest.raises(SyntaxFault):
+    with pytest.raises(PtxSyntaxError):
         parse(HEADER + ".visible .entry k() { .reg .b32 %r<2>; " + body + " }")

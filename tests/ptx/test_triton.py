@@ -25,7 +25,8 @@ def test_add_with_a_ragged_end() -> None:
     out = np.zeros(1000, np.float32)
     counters = launch_triton(compiled, (4,), {"x": x, "y": y, "out": out, "n": 1000})
     assert np.array_equal(out, x + y)
-    assert counters.buffers["x"].bytes_read == 4000 and counters.buffers["out"].bytes_written == 4000
+    assert counters.buffers["x"].bytes_read == 4000
+    assert counters.buffers["out"].bytes_written == 4000
     assert counters.global_bytes == 3 * 4000
 
 
@@ -129,9 +130,11 @@ def test_tensor_core_and_scalar_kernels_agree_and_repeat_themselves() -> None:
     fast, scalar = _build_attention(True), _build_attention(False)
     out, lse, counters = _run(fast, 130)
     again, lse_again, _ = _run(fast, 130)
-    assert np.array_equal(out, again) and np.array_equal(lse, lse_again)
+    assert np.array_equal(out, again)
+    assert np.array_equal(lse, lse_again)
     slow, lse_slow, scalar_counters = _run(scalar, 130)
-    assert np.max(np.abs(out.astype(np.float32) - slow)) < 2e-3 and np.max(np.abs(lse - lse_slow)) < 1e-6
+    assert np.max(np.abs(out.astype(np.float32) - slow)) < 2e-3
+    assert np.max(np.abs(lse - lse_slow)) < 1e-6
     assert scalar_counters.instructions["tensor"] == 0
     # Two products of 64 x 64 x 64 a tile, 1 + 2 + 3 tiles in the three blocks.
     assert counters.tensor_flops == 6 * 2 * 2 * 64**3
@@ -178,7 +181,8 @@ def test_planted_absence_of_each_barrier(kernel) -> None:
         start, end = (loop.start() + place for place in barrier.span())
         with pytest.raises(RaceError) as error:
             _run(kernel, 128, ptx[:start] + ptx[end:])
-        assert error.value.instruction is not None and error.value.thread is not None
+        assert error.value.instruction is not None
+        assert error.value.thread is not None
 
 
 def test_planted_store_past_the_end(kernel) -> None:

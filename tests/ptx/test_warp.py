@@ -59,7 +59,7 @@ def test_a_warp_wide_instruction_needs_its_whole_warp() -> None:
 
 
 def test_a_thread_outside_the_member_mask_is_an_error() -> None:
-    with pytest.raises(ConvergenceError, match="not named by the member mask.*thread 16"):
+    with pytest.raises(ConvergenceError, match=r"not named by the member mask.*thread 16"):
         execute("shfl.sync.bfly.b32 %r0, %tid32, 1, 31, 0xffff;", {}, {"%r0": "u32"})
 
 

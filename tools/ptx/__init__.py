@@ -10,7 +10,7 @@ from .counters import Counters, SharedTraffic, Traffic
 from .faults import (
     BarrierError,
     ConvergenceError,
-    Fault,
+    KernelError,
     MisalignedError,
     OutOfBoundsError,
     RaceError,
@@ -25,7 +25,7 @@ __all__ = [
     "BarrierError",
     "ConvergenceError",
     "Counters",
-    "Fault",
+    "KernelError",
     "MisalignedError",
     "OutOfBoundsError",
     "Pointer",

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .parser import Instruction
 
 
-class Fault(Exception):
+class KernelError(Exception):
     """A kernel did what its specification forbids; `instruction`, `block`, `thread` and `address` say where.
 
     The code that finds a fault knows thread and address; the machine adds the instruction and the block as the
@@ -36,33 +36,33 @@ class Fault(Exception):
         return "; ".join(parts)
 
 
-class UnknownInstructionError(Fault):
+class UnknownInstructionError(KernelError):
     """The machine has no definition of an instruction, or of one of its modifiers or operands."""
 
 
-class OutOfBoundsError(Fault):
+class OutOfBoundsError(KernelError):
     """An access outside every buffer, or across the end of one."""
 
 
-class MisalignedError(Fault):
+class MisalignedError(KernelError):
     """An address that is not a multiple of the size of the access."""
 
 
-class UninitialisedError(Fault):
+class UninitialisedError(KernelError):
     """A read of shared or local memory that nothing has written."""
 
 
-class RaceError(Fault):
+class RaceError(KernelError):
     """Two threads touched the same byte of shared memory, one of them writing, with no barrier between them."""
 
 
-class BarrierError(Fault):
+class BarrierError(KernelError):
     """A barrier that not all threads of the block reach."""
 
 
-class ConvergenceError(Fault):
+class ConvergenceError(KernelError):
     """A warp-wide (.sync) instruction executed without all the threads that it names."""
 
 
-class TrapError(Fault):
+class TrapError(KernelError):
     """The kernel executed `trap`, or ran for longer than the limit of steps that it was given."""

@@ -19,7 +19,7 @@ import numpy as np
 from . import access, approximate, arithmetic, conversion, matrix, warp  # noqa: F401 - they fill the table
 from .counters import Counters, class_of
 from .definitions import Context, Execute, decode
-from .faults import BarrierError, Fault, TrapError, UnknownInstructionError
+from .faults import BarrierError, KernelError, TrapError, UnknownInstructionError
 from .memory import GlobalMemory, LocalMemory, Memory, ParameterMemory, SharedMemory
 from .parser import Immediate, Instruction, Kernel, Symbol
 from .registers import Array, Registers
@@ -37,6 +37,12 @@ class BasicBlock:
     body: list[tuple[Instruction, Execute]]
     end: Instruction | None  # None: falls through to the next
     target: int = -1  # of a branch
+
+
+def _name(error: KernelError, instruction: Instruction | None) -> KernelError:
+    """The same error, with the instruction in which it happened unless it already names one."""
+    error.instruction = error.instruction or instruction
+    return error
 
 
 class Machine:
@@ -92,7 +98,7 @@ class Machine:
             if last.opcode == "bra":
                 (label,) = last.operands
                 if not isinstance(label, Symbol) or label.name not in self.kernel.labels:
-                    raise self._at(last, UnknownInstructionError(f"branch to {label}"))
+                    raise _name(UnknownInstructionError(f"branch to {label}"), last)
                 # A label at the very end, after the last instruction, is an exit.
                 block.target = number.get(self.kernel.labels[label.name], len(bounds))
             elif ends and is_block_barrier(last):
@@ -109,11 +115,12 @@ class Machine:
             if instruction.guard is None:
                 return execute
             predicate = self.registers.predicate(instruction.guard)
-        except Fault as fault:
-            raise self._at(instruction, fault)
+        except KernelError as error:
+            _name(error, instruction)
+            raise
         except (ValueError, TypeError, KeyError, AssertionError) as error:
             # The definition expected other operands or modifiers than these.
-            raise self._at(instruction, UnknownInstructionError(f"{instruction.name}: {error}")) from error
+            raise _name(UnknownInstructionError(f"{instruction.name}: {error}"), instruction) from error
 
         def guarded(mask: Array | None) -> None:
             active = predicate() if mask is None else predicate() & mask
@@ -130,13 +137,7 @@ class Machine:
         counts = [operand.value for operand in instruction.operands[1:] if isinstance(operand, Immediate)]
         whole = len(counts) == len(instruction.operands) - 1 and all(count == self.num_threads for count in counts)
         if not flags <= {"sync", "cta", "aligned"} or "sync" not in flags or not whole or instruction.guard is not None:
-            raise self._at(instruction, UnknownInstructionError(f"{instruction.name} of a part of the block"))
-
-    @staticmethod
-    def _at(instruction: Instruction, fault: Fault) -> Fault:
-        if fault.instruction is None:
-            fault.instruction = instruction
-        return fault
+            raise _name(UnknownInstructionError(f"{instruction.name} of a part of the block"), instruction)
 
     def run(self, block: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
         for axis, index, count in zip("xyz", block, grid, strict=True):
@@ -148,8 +149,8 @@ class Machine:
         try:
             self._run()
             self.memory.shared.races.block_barrier()  # the end of the block ends the last interval
-        except Fault as fault:
-            fault.block = block
+        except KernelError as error:
+            error.block = block
             raise
         self.counters.blocks += 1
 
@@ -177,12 +178,12 @@ class Machine:
         raise TrapError(f"the block has not ended after {self.step_limit} basic blocks")
 
     def _execute(self, block: BasicBlock, mask: Array | None) -> None:
-        instruction = None
-        try:
-            for instruction, execute in block.body:
+        for instruction, execute in block.body:
+            try:
                 execute(mask)
-        except Fault as fault:
-            raise self._at(instruction, fault)
+            except KernelError as error:
+                _name(error, instruction)
+                raise
 
     def _advance(self, block: BasicBlock, current: int, active: Array, counter: Array, waiting: Array) -> None:
         """Moves the threads that ran the block on to where its end sends them."""
@@ -197,7 +198,7 @@ class Machine:
                 taken = active & self.registers.predicate(end.guard)()
             counter[active & ~taken] = current + 1
             if end.opcode == "trap" and taken.any():
-                raise self._at(end, TrapError("trap", thread=int(taken.argmax())))
+                raise _name(TrapError("trap", thread=int(taken.argmax())), end)
             counter[taken] = block.target if end.opcode == "bra" else len(self.blocks)
 
     def _release(self, counter: Array, waiting: Array) -> None:
@@ -208,14 +209,15 @@ class Machine:
         if missing.any():
             thread = int(missing.argmax())
             where = "has ended" if not waiting[thread] else "waits at another barrier"
-            fault = BarrierError(
+            error = BarrierError(
                 f"{int(missing.sum())} threads do not reach this barrier; the first {where}", thread=thread
             )
-            raise self._at(instruction, fault)
+            raise _name(error, instruction)
         try:
             self.memory.shared.races.block_barrier()
-        except Fault as fault:
-            raise self._at(instruction, fault)
+        except KernelError as error:
+            _name(error, instruction)
+            raise
         self.counters.barriers += 1
         waiting[...] = False
         counter[...] = place + 1

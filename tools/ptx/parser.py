@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 
 SIZES = {  # bytes of one element of each fundamental type; .pred is not in memory
     **{f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)},
-    **{"f16": 2, "bf16": 2, "f16x2": 4, "f32": 4, "f64": 8},
+    "f16": 2,
+    "bf16": 2,
+    "f16x2": 4,
+    "f32": 4,
+    "f64": 8,
 }
 
 
-class SyntaxFault(ValueError):
+class PtxSyntaxError(ValueError):
     """Text that this parser does not understand; names the line."""
 
 
@@ -155,7 +159,7 @@ def parse(ptx: str) -> dict[str, Kernel]:
         for parameter in filter(None, (part.strip() for part in entry[2].split(","))):
             match = _PARAMETER.match(parameter)
             if not match:
-                raise SyntaxFault(f"parameter {parameter!r} of {kernel.name}")
+                raise PtxSyntaxError(f"parameter {parameter!r} of {kernel.name}")
             kernel.parameters.append(Parameter(match[3], match[1], bool(match[2])))
         if threads := re.search(r"\.(?:reqntid|maxntid)\s+([\d,\s]+)", entry[3]):
             kernel.num_threads = 1
@@ -188,7 +192,7 @@ class _Body:
         while True:
             self._skip_blank()
             if self.position >= len(self.text):
-                raise SyntaxFault(f"{self.kernel.name} has no closing brace")
+                raise PtxSyntaxError(f"{self.kernel.name} has no closing brace")
             if match := _STATEMENT.match(self.text, self.position):
                 self.position = match.end()
                 if match["label"]:
@@ -203,7 +207,9 @@ class _Body:
                 continue
             end = self.text.find(";", self.position)
             if end < 0:
-                raise SyntaxFault(f"line {self.line}: no ';' after {self.text[self.position : self.position + 40]!r}")
+                raise PtxSyntaxError(
+                    f"line {self.line}: no ';' after {self.text[self.position : self.position + 40]!r}"
+                )
             line = self.line
             statement = " ".join(self.text[self.position : end].split())
             self.position = end + 1
@@ -228,7 +234,7 @@ class _Body:
         elif variable := _variable(statement):
             self.kernel.variables.append(variable)
         elif not statement.startswith(".pragma"):
-            raise SyntaxFault(f"line {line}: {statement}")
+            raise PtxSyntaxError(f"line {line}: {statement}")
 
     def _instruction(self, statement: str, line: int) -> Instruction:
         guard: Register | Not | None = None
@@ -243,7 +249,7 @@ class _Body:
         try:
             operands = tuple(self._operand(part) for part in _split(rest))
         except ValueError as error:
-            raise SyntaxFault(f"line {line}: {statement}: {error}") from error
+            raise PtxSyntaxError(f"line {line}: {statement}: {error}") from error
         return Instruction(line, statement, opcode, tuple(modifiers), operands, guard)
 
     def _register(self, name: str) -> Register:
@@ -268,9 +274,9 @@ class _Body:
         if "|" in text:
             first, second = text.split("|")
             return Pair(self._operand(first), self._operand(second))
-        if text.startswith("0f") or text.startswith("0F"):
+        if text.startswith(("0f", "0F")):
             return Immediate(int(text[2:], 16), 32)
-        if text.startswith("0d") or text.startswith("0D"):
+        if text.startswith(("0d", "0D")):
             return Immediate(int(text[2:], 16), 64)
         if _INTEGER.match(text):
             return Immediate(int(text.rstrip("U"), 0))

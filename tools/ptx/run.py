@@ -62,7 +62,7 @@ def launch(
         Counters, for the blocks executed.
 
     Raises:
-        Fault: a subclass for each thing that the kernel may not do (faults.py). Arrays are then left as they were.
+        KernelError: a subclass for each thing that the kernel may not do (faults.py). Arrays are then left as they were.
     """
     if isinstance(ptx, str):
         kernels = parse(ptx)
