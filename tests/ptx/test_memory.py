@@ -126,6 +126,30 @@ def test_nothing_is_written_back_after_a_fault() -> None:
     assert x.tolist() == [0, 0]
 
 
+def test_blocks_whose_order_matters() -> None:
+    own = "mov.u32 %r0, %ctaid.x; mad.wide.u32 %d0, %r0, 4, %in0;"
+    launch(module(own + "ld.global.b32 %r1, [%d0]; st.global.b32 [%d0], %r0;", 1), (4,), [np.zeros(4, np.int32)])
+    launch(module("red.global.add.s32 [%in0], 1;", 1), (4,), [np.zeros(4, np.int32)])
+    write_all = own + "st.global.b32 [%in0], %r0;"
+    with pytest.raises(RaceError, match="another block wrote") as error:
+        launch(module(write_all, 1), (4,), [np.zeros(4, np.int32)])
+    assert error.value.block == (1, 0, 0)
+    read_first = own + "ld.global.b32 %r1, [%in0+4]; st.global.b32 [%d0], %r0;"
+    with pytest.raises(RaceError, match="another block read"):
+        launch(module(read_first, 1), (4,), [np.zeros(4, np.int32)])
+    x = np.zeros(4, np.int32)
+    launch(module(write_all, 1), (4,), [x], independent_blocks=False)
+    assert x[0] == 3
+
+
+def test_arguments_that_overlap() -> None:
+    x = np.zeros(64, np.float32)
+    with pytest.raises(ValueError, match="overlaps argument 0: give both as a Pointer"):
+        launch(module("ret;", 2), (1,), [x, x[32:]])
+    with pytest.raises(ValueError, match="not contiguous"):
+        launch(module("ret;", 1), (1,), [x[::2]])
+
+
 def test_misaligned_accesses() -> None:
     with pytest.raises(MisalignedError, match="access of 16 bytes"):
         run("ld.global.v4.b32 {%r0, %r1, %r2, %r3}, [%in0+8];", np.zeros(32, np.float32))

@@ -143,6 +143,7 @@ class Machine:
         for axis, index, count in zip("xyz", block, grid, strict=True):
             self.registers.specials[f"%ctaid.{axis}"][...] = index
             self.registers.specials[f"%nctaid.{axis}"][...] = count
+        self.memory.globals.block = self.counters.blocks
         self.registers.clear()
         self.memory.shared.clear()
         self.memory.local.clear()

@@ -20,6 +20,8 @@ from .races import ATOMIC, READ, WRITE, RaceDetector
 
 Array = NDArray[Any]
 
+NOBODY, SEVERAL = -1, -2  # in place of a block's number
+
 # Each buffer has an address window of its own, so that no wrong offset of a sane size lands in another buffer.
 WINDOW_BITS = 40
 
@@ -52,6 +54,31 @@ class Buffer:
         self.data[: self.size] = array.reshape(-1).view(np.uint8)
         self.touched_read = np.zeros(self.data.size // SECTOR, np.bool_)
         self.touched_written = np.zeros_like(self.touched_read)
+        # Which block of the grid read and wrote each byte.
+        self._reader = np.full(self.data.size, NOBODY, np.int32)
+        self._writer = np.full(self.data.size, NOBODY, np.int32)
+
+    def check_blocks(self, threads: Array, offsets: Array, size: int, block: int, writes: bool) -> None:
+        """Raises where blocks depend on each other's order: one writes what another reads or writes."""
+        where = (offsets[:, None] + np.arange(size)).ravel()
+        writer, reader = self._writer[where], self._reader[where]
+        conflict = (writer != NOBODY) & (writer != block)
+        if writes:
+            conflict |= (reader != NOBODY) & (reader != block)
+        if conflict.any():
+            first = int(conflict.argmax())
+            verb = "writes" if writes else "reads"
+            other = "wrote" if writer[first] not in (NOBODY, block) else "read"
+            raise RaceError(
+                f"this block {verb} byte {int(where[first])} of {self.name!r}, which another block {other}: "
+                "the result depends on their order",
+                thread=int(threads[first // size]),
+                address=self.base + int(where[first]),
+            )
+        if writes:
+            self._writer[where] = block
+        else:
+            self._reader[where] = np.where((reader == NOBODY) | (reader == block), block, SEVERAL)
 
     def write_back(self) -> None:
         if self.array.flags.writeable:
@@ -59,10 +86,15 @@ class Buffer:
 
 
 class GlobalMemory:
-    def __init__(self, counters: Counters, num_threads: int) -> None:
+    """The buffers of a launch. With `independent_blocks`, no block may touch what another has written, or write what
+    another has read, but by atomics: then the order of the blocks, which a GPU does not promise, changes nothing."""
+
+    def __init__(self, counters: Counters, num_threads: int, *, independent_blocks: bool = True) -> None:
         self.buffers: list[Buffer] = []
         self.counters = counters
         self.num_threads = num_threads
+        self.block = 0  # number of the block that executes, in the order of execution
+        self.independent_blocks = independent_blocks
 
     def add(self, name: str, array: Array) -> Buffer:
         buffer = Buffer(name, array, (len(self.buffers) + 1) << WINDOW_BITS)
@@ -113,6 +145,8 @@ class GlobalMemory:
             traffic.bytes_read += offsets.size * size
             traffic.sectors_read += self._sectors(threads[chosen], offsets, size)
             buffer.touched_read[offsets // SECTOR] = True
+            if self.independent_blocks:
+                buffer.check_blocks(threads[chosen], offsets, size, self.block, writes=False)
         return values
 
     def write(self, instruction: Instruction, threads: Array, addresses: Array, values: Array) -> None:
@@ -127,6 +161,8 @@ class GlobalMemory:
             traffic.bytes_written += offsets.size * size
             traffic.sectors_written += self._sectors(threads[chosen], offsets, size)
             buffer.touched_written[offsets // SECTOR] = True
+            if self.independent_blocks:
+                buffer.check_blocks(threads[chosen], offsets, size, self.block, writes=True)
 
     def cell(self, instruction: Instruction, thread: int, address: int, dtype: np.dtype, count: int) -> Array:
         """The elements of one thread's atomic, as a view to update in place."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .counters import Counters
 from .machine import Machine
-from .memory import GlobalMemory
+from .memory import Buffer, GlobalMemory
 from .parser import SIZES, Kernel, Variable, parse
 
 _FORMATS = {"u8": "B", "s8": "b", "b8": "B", "u16": "H", "s16": "h", "b16": "H", "u32": "I", "s32": "i", "b32": "I",
@@ -41,6 +41,7 @@ def launch(
     num_warps: int | None = None,
     kernel: str | None = None,
     blocks: Iterable[tuple[int, int, int]] | None = None,
+    independent_blocks: bool = True,
     step_limit: int = 1_000_000,
 ) -> Counters:
     """Executes a kernel on the CPU, checking every step, and returns what it counted.
@@ -56,13 +57,15 @@ def launch(
         num_warps: warps a block; by default what the kernel requires (.reqntid).
         kernel: name of the entry, where the module has several.
         blocks: which blocks of the grid to execute, as (x, y, z); by default all, x fastest.
+        independent_blocks: raise if a block touches what another one wrote, or writes what another one read, other
+            than by atomics. Switch it off for kernels whose blocks wait for each other.
         step_limit: basic blocks after which a block counts as hung.
 
     Returns:
         Counters, for the blocks executed.
 
     Raises:
-        KernelError: a subclass for each thing that the kernel may not do (faults.py). Arrays are then left as they were.
+        KernelError: a subclass for each thing that a kernel may not do (faults.py). Arrays then stay as they were.
     """
     if isinstance(ptx, str):
         kernels = parse(ptx)
@@ -76,7 +79,7 @@ def launch(
         raise ValueError(f"{ptx.name} needs {ptx.num_threads} threads a block, not {num_threads}")
     extent = (*grid, 1, 1, 1)[:3]
     counters = Counters()
-    memory = GlobalMemory(counters, num_threads)
+    memory = GlobalMemory(counters, num_threads, independent_blocks=independent_blocks)
     named = arguments if isinstance(arguments, Mapping) else {f"argument {i}": a for i, a in enumerate(arguments)}
     parameters, symbols = _pack(ptx, named, memory)
     shared_size = _place(ptx.variables, "shared", shared_bytes, symbols)
@@ -113,7 +116,6 @@ def _pack(kernel: Kernel, arguments: Mapping[str, Argument], memory: GlobalMemor
     if len(arguments) > len(kernel.parameters):
         raise ValueError(f"{kernel.name} has {len(kernel.parameters)} parameters, not {len(arguments)}")
     data, symbols = b"", {}
-    bases: dict[int, int] = {}
     names = [*arguments, *[None] * (len(kernel.parameters) - len(arguments))]
     for parameter, name in zip(kernel.parameters, names, strict=True):
         value = arguments[name] if name is not None else 0
@@ -125,9 +127,7 @@ def _pack(kernel: Kernel, arguments: Mapping[str, Argument], memory: GlobalMemor
                 raise ValueError(f"{name} is not contiguous: give the array that holds it, as a Pointer")
             if parameter.type not in ("u64", "b64"):
                 raise ValueError(f"{name} is an array, parameter {parameter.name} is of type {parameter.type}")
-            if id(array) not in bases:
-                bases[id(array)] = memory.add(str(name), array).base
-            value = bases[id(array)] + value.offset * array.itemsize
+            value = _buffer_of(str(name), array, memory).base + value.offset * array.itemsize
         size = SIZES[parameter.type]
         data += bytes(-len(data) % size)
         symbols[parameter.name] = len(data)
@@ -137,6 +137,16 @@ def _pack(kernel: Kernel, arguments: Mapping[str, Argument], memory: GlobalMemor
             number = int(number) & ((1 << 8 * size) - 1)
         data += struct.pack(f"<{form}", number)
     return data, symbols
+
+
+def _buffer_of(name: str, array: NDArray[Any], memory: GlobalMemory) -> Buffer:
+    """The buffer of an array: one for all arguments that are the same memory."""
+    for buffer in memory.buffers:
+        if buffer.array.ctypes.data == array.ctypes.data and buffer.size == array.nbytes:
+            return buffer
+        if np.may_share_memory(buffer.array, array):
+            raise ValueError(f"{name} overlaps {buffer.name}: give both as a Pointer into one array")
+    return memory.add(name, array)
 
 
 def _place(variables: Sequence[Variable], space: str, dynamic: int, symbols: dict[str, int]) -> int:
