@@ -34,6 +34,15 @@ def test_float32_to_float16(mode: str, values: np.ndarray) -> None:
     assert_same(convert(f"{mode}.f16.f32", "f16", "f32", scaled), wanted, "f16")
 
 
+def test_ftz_flushes_float32_and_keeps_float16_subnormals() -> None:
+    tiny = np.full(32, 2.0**-130, np.float32)
+    small = np.full(32, 2.0**-20, np.float32)  # subnormal as float16
+    assert not convert("rp.ftz.f16.f32", "f16", "f32", tiny).any()
+    assert np.all(convert("rp.f16.f32", "f16", "f32", tiny) == np.float16(2.0**-24))
+    assert np.all(convert("rn.ftz.f16.f32", "f16", "f32", small) == np.float16(2.0**-20))
+    assert np.all(convert("ftz.f32.f16", "f32", "f16", small.astype(np.float16)) == small)
+
+
 def test_every_float16_to_float32() -> None:
     for start in range(0, 1 << 16, 1 << 12):
         halves = np.arange(start, start + 32, dtype=np.uint16).view(np.float16)

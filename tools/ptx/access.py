@@ -9,7 +9,7 @@ import numpy as np
 
 from .definitions import Context, Execute, defines, split, unsupported
 from .memory import GlobalMemory, LocalMemory, ParameterMemory
-from .parser import Address, Instruction, Register, Symbol, Vector
+from .parser import SIZES, Address, Instruction, Register, Symbol, Vector
 from .registers import DTYPES, Array, Mask
 from .rounding import canonical, flush
 
@@ -97,7 +97,7 @@ def _store(instruction: Instruction, context: Context) -> Execute:
     if len(parts) != (4 if "v4" in flags else 2 if "v2" in flags else 1):
         raise unsupported(instruction)
     # Stores move bits: a float's NaN keeps its payload, so values travel as unsigned integers.
-    bits = f"u{8 * np.dtype(DTYPES[kind]).itemsize}"
+    bits = f"u{8 * SIZES[kind]}"
     values = [registers.source(part, bits, narrow=True) for part in parts]
     addresses = addresses_of(target, context)
 
@@ -112,7 +112,7 @@ def _store(instruction: Instruction, context: Context) -> Execute:
     return run
 
 
-def _update(operation: str, kind: str, flushes: bool) -> Callable[..., Array]:
+def _update(operation: str, kind: str, flushes: bool) -> Callable[..., Any]:
     """(old, operand[, second operand]) -> new value of an atomic."""
     if operation == "exch":
         return lambda old, value: value

@@ -270,46 +270,57 @@ def _comparison(name: str, kind: str) -> Callable[[Array, Array], Array]:
     return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
 
 
-@defines("setp", "set")
-def _compare(instruction: Instruction, context: Context) -> Execute:
-    names = {*_ORDERED, *_UNSIGNED, "num", "nan", *(f"{name}u" for name in _ORDERED)}
-    kinds, flags = split(instruction, "ftz", *names, *_COMBINATIONS)
-    kind = kinds[-1]
-    name = next(iter(flags & names), None)
-    if name is None or kind == "f16x2" or (kind not in FLOATS and name.endswith("u") and name not in _ORDERED):
+def _compared(
+    instruction: Instruction, context: Context, kind: str, flags: set[str]
+) -> Callable[[], tuple[Array, Array]]:
+    """A function that gives the comparison and its negation, both combined with the third source where there is one."""
+    names = flags - {"ftz", *_COMBINATIONS}
+    if len(names) != 1 or kind == "f16x2" or (kind not in FLOATS and not names <= {*_ORDERED, *_UNSIGNED}):
         raise unsupported(instruction)
-    compare = _comparison(name, kind)
-    registers = context.registers
-    a, b = (registers.source(operand, kind) for operand in instruction.operands[1:3])
-    combine = next((_COMBINATIONS[flag] for flag in flags if flag in _COMBINATIONS), None)
-    if (combine is not None) != (len(instruction.operands) == 4):
+    compare = _comparison(names.pop(), kind)
+    combinations = [_COMBINATIONS[flag] for flag in flags if flag in _COMBINATIONS]
+    if len(instruction.operands) != 3 + len(combinations):
         raise unsupported(instruction)
-    other = registers.predicate(instruction.operands[3]) if combine is not None else None
-    target = instruction.operands[0]
-    if instruction.opcode == "set":
-        if len(kinds) != 2 or kinds[0] not in ("u32", "s32", "f32"):
-            raise unsupported(instruction)
-        true = np.float32(1) if kinds[0] == "f32" else np.array(-1).astype(DTYPES[kinds[0]])
-        write_set = registers.target(target, kinds[0])
-        target = None
-    both = isinstance(target, Pair)
-    write = registers.target(target.first if both else target, "pred") if target is not None else None
-    write_second = registers.target(target.second, "pred") if both else None
+    a, b = (context.registers.source(operand, kind) for operand in instruction.operands[1:3])
+    others = [context.registers.predicate(operand) for operand in instruction.operands[3:]]
 
-    def run(mask: Mask) -> None:
-        x, y = (flush(a), flush(b)) if "ftz" in flags else (a, b)
-        result = compare(x, y)
-        if write is None:
-            value = result if other is None else combine(result, other())
-            write_set(np.where(value, true, true.dtype.type(0)), mask)
-            return
-        first = result if other is None else combine(result, other())
-        second = (~result if other is None else combine(~result, other())) if write_second else None
-        write(first, mask)
-        if write_second:
-            write_second(second, mask)
+    def run() -> tuple[Array, Array]:
+        holds = compare(flush(a), flush(b)) if "ftz" in flags else compare(a, b)
+        both = holds, ~holds
+        for combine, other in zip(combinations, others, strict=True):
+            both = combine(both[0], other()), combine(both[1], other())
+        return both
 
     return run
+
+
+_COMPARISONS = {*_ORDERED, *_UNSIGNED, *(f"{name}u" for name in _ORDERED), "num", "nan"}
+
+
+@defines("setp")
+def _set_predicate(instruction: Instruction, context: Context) -> Execute:
+    (kind,), flags = split(instruction, "ftz", *_COMPARISONS, *_COMBINATIONS)
+    compared = _compared(instruction, context, kind, flags)
+    target = instruction.operands[0]
+    targets = (target.first, target.second) if isinstance(target, Pair) else (target,)
+    writes = [context.registers.target(each, "pred") for each in targets]
+
+    def run(mask: Mask) -> None:
+        for write, value in zip(writes, compared(), strict=False):  # the negation only where it is asked for
+            write(value, mask)
+
+    return run
+
+
+@defines("set")
+def _set(instruction: Instruction, context: Context) -> Execute:
+    (result, kind), flags = split(instruction, "ftz", *_COMPARISONS, *_COMBINATIONS)
+    if result not in ("u32", "s32", "f32"):
+        raise unsupported(instruction)
+    compared = _compared(instruction, context, kind, flags)
+    write = context.registers.target(instruction.operands[0], result)
+    true = np.array(1.0 if result == "f32" else -1).astype(DTYPES[result])
+    return lambda mask: write(np.where(compared()[0], true, np.zeros_like(true)), mask)
 
 
 @defines("selp")

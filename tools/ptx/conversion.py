@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from .arithmetic import FLOATS, ROUNDINGS, rounding_of
+from .arithmetic import FLOATS, ROUNDINGS, float_function, rounding_of
 from .definitions import Context, Execute, defines, split, unsupported
 from .parser import Instruction
-from .registers import DTYPES, Array, Mask
-from .rounding import canonical, flush, round_float, round_to_integer, saturate
+from .registers import DTYPES, Array
+from .rounding import flush, round_float, round_to_integer
 
 INTEGRAL = ("rni", "rzi", "rmi", "rpi")
 
@@ -53,38 +55,41 @@ def _convert(instruction: Instruction, context: Context) -> Execute:
     if len(kinds) != 2 or "f16x2" in kinds or len(instruction.operands) != 2:
         raise unsupported(instruction)
     to, source_kind = kinds
-    dtype = np.dtype(DTYPES[to])
     source = context.registers.source(instruction.operands[1], source_kind, narrow=True)
     write = context.registers.target(instruction.operands[0], to, extend=True)
+    convert = _conversion(source_kind, np.dtype(DTYPES[to]), flags)
+    if convert is None:
+        raise unsupported(instruction)
+    return lambda mask: write(convert(source), mask)
+
+
+def _conversion(source_kind: str, dtype: np.dtype, flags: set[str]) -> Callable[[Array], Array] | None:
+    """Values of the source type -> values of dtype; None where PTX has no such conversion."""
     mode = rounding_of(flags)
     integral = next((name for name in INTEGRAL if name in flags), None)
-    from_float, to_float = source_kind in FLOATS, to in FLOATS
-    if from_float and not to_float and integral is None:
-        raise unsupported(instruction)
 
-    def run(mask: Mask) -> None:
-        value = source
-        if from_float and "ftz" in flags:
-            value = flush(value)
-        if from_float and to_float:
+    def flush32(value: Array) -> Array:  # .ftz is about float32; float16 keeps its subnormals
+        return flush(value) if "ftz" in flags and value.dtype == np.float32 else value
+
+    if source_kind in FLOATS and dtype.kind == "f":
+
+        def between_floats(value: Array) -> Array:
+            value = flush32(value)
             if integral is not None:
-                result = round_to_integer(value, integral).astype(dtype)
-            else:
-                result = round_float(value.astype(np.float64), dtype, mode)
-            if "ftz" in flags and dtype == np.float32:
-                result = flush(result)
-            result = canonical(saturate(result) if "sat" in flags else result)
-        elif from_float:
-            result = float_to_integer(value, dtype, integral)
-        elif to_float:
-            result = integer_to_float(np.ascontiguousarray(value), dtype, mode)
-            if "sat" in flags:
-                result = saturate(result)
-        elif "sat" in flags:
-            limits = np.iinfo(dtype)
-            result = np.array([min(max(int(v), limits.min), limits.max) for v in value], dtype)
-        else:
-            result = value.astype(dtype)
-        write(result, mask)
+                return flush32(round_to_integer(value, integral).astype(dtype))
+            return flush32(round_float(value.astype(np.float64), dtype, mode))
 
-    return run
+        return float_function(between_floats, flags - {"ftz"})
+    if source_kind in FLOATS:
+        if integral is None:
+            return None
+        clamp = integral
+        return lambda value: float_to_integer(flush32(value), dtype, clamp)
+    if integral is not None:
+        return None
+    if dtype.kind == "f":
+        return float_function(lambda value: integer_to_float(value, dtype, mode), flags - {"ftz"})
+    if "sat" in flags:
+        limits = np.iinfo(dtype)
+        return lambda value: np.array([min(max(int(v), limits.min), limits.max) for v in value], dtype)
+    return lambda value: value.astype(dtype)

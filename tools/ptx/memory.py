@@ -192,7 +192,7 @@ class GlobalMemory:
 
 def _check_same_value(view: Array, elements: Array, values: Array, threads: Array, addresses: Array) -> None:
     """One instruction in which two threads write different values to one place leaves either of them there."""
-    lost = (view[elements] != values).any(axis=1) if values.dtype.kind != "f" else np.zeros(1, np.bool_)
+    lost = (view[elements] != values).any(axis=1)
     if lost.any():
         thread, index = _first(threads, lost)
         raise RaceError(

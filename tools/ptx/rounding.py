@@ -7,10 +7,12 @@ rounding the exact value would have given (Boldo and Melquiond, "Emulation of FM
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 CANONICAL_NAN = {2: 0x7FFF, 4: 0x7FFFFFFF}  # what float instructions return, by size in bytes; f64 keeps payloads
 SMALLEST_NORMAL = {2: np.float64(2.0**-14), 4: np.float64(2.0**-126), 8: np.float64(2.0**-1022)}

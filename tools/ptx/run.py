@@ -77,7 +77,8 @@ def launch(
         raise ValueError(f"{ptx.name} does not say how many threads it needs: give num_warps")
     if num_threads % 32 or (ptx.num_threads and num_threads != ptx.num_threads):
         raise ValueError(f"{ptx.name} needs {ptx.num_threads} threads a block, not {num_threads}")
-    extent = (*grid, 1, 1, 1)[:3]
+    x, y, z = (*grid, 1, 1, 1)[:3]
+    extent = (x, y, z)
     counters = Counters()
     memory = GlobalMemory(counters, num_threads, independent_blocks=independent_blocks)
     named = arguments if isinstance(arguments, Mapping) else {f"argument {i}": a for i, a in enumerate(arguments)}
@@ -86,7 +87,7 @@ def launch(
     local_size = _place(ptx.variables, "local", 0, symbols)
     with np.errstate(all="ignore"):
         machine = Machine(ptx, num_threads, memory, parameters, symbols, shared_size, local_size, counters, step_limit)
-        every = ((x, y, z) for z, y, x in itertools.product(*(range(count) for count in reversed(extent))))
+        every = ((i, j, k) for k, j, i in itertools.product(*(range(count) for count in reversed(extent))))
         for block in every if blocks is None else blocks:
             machine.run(block, extent)
     memory.finish()

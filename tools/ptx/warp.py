@@ -8,7 +8,7 @@ import numpy as np
 
 from .definitions import Context, Execute, defines, split, unsupported
 from .faults import ConvergenceError
-from .parser import Instruction, Pair
+from .parser import Instruction, Pair, Sink
 from .registers import Array, Mask
 
 WARP = 32
@@ -52,9 +52,8 @@ def _shuffle(instruction: Instruction, context: Context) -> Execute:
     registers = context.registers
     target, *sources = instruction.operands
     value, distance, clamp, members = (registers.source(operand, "b32") for operand in sources)
-    both = isinstance(target, Pair)
-    write = registers.target(target.first if both else target, kind)
-    write_in_range = registers.target(target.second, "pred") if both else None
+    value_target, range_target = (target.first, target.second) if isinstance(target, Pair) else (target, Sink())
+    write, write_in_range = registers.target(value_target, kind), registers.target(range_target, "pred")
     threads = registers.threads
     lane = threads % WARP
 
@@ -74,8 +73,7 @@ def _shuffle(instruction: Instruction, context: Context) -> Execute:
         if mask is not None and (absent := mask & ~mask[source]).any():
             raise ConvergenceError("shuffle from a thread that does not take part", thread=int(absent.argmax()))
         write(value[source], mask)
-        if write_in_range:
-            write_in_range(in_range, mask)
+        write_in_range(in_range, mask)
 
     return run
 
