@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from hypothesis import settings
 
 from tools.ptx import launch
 from tools.ptx.parser import SIZES
 from tools.ptx.registers import DTYPES
 
 HEADER = ".version 8.8\n.target sm_75\n.address_size 64\n.extern .shared .align 16 .b8 global_smem[];\n"
+
+
+examples = settings(deadline=None, max_examples=25)  # each runs 32 threads, so 32 cases
 
 
 def module(body: str, parameters: int, *, registers: str = "", num_threads: int = 32) -> str:

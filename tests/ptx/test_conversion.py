@@ -7,18 +7,15 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tools.ptx.registers import DTYPES
 
 from . import exact
-from .harness import execute
+from .harness import examples, execute
 from .test_float import MODES, assert_same, floats
 from .test_integer import FAMILY, integers, wrap
-
-settings.register_profile("ptx", deadline=None, max_examples=25)
-settings.load_profile("ptx")
 
 
 def convert(text: str, to: str, source_kind: str, values: np.ndarray) -> np.ndarray:
@@ -27,6 +24,7 @@ def convert(text: str, to: str, source_kind: str, values: np.ndarray) -> np.ndar
 
 
 @pytest.mark.parametrize("mode", MODES)
+@examples
 @given(values=floats("f32"))
 def test_float32_to_float16(mode: str, values: np.ndarray) -> None:
     scaled = np.where(np.arange(32) % 2, values, np.float32(3e-8) * (np.arange(32, dtype=np.float32) - 9))
@@ -51,6 +49,7 @@ def test_every_float16_to_float32() -> None:
 
 @pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64", "s16"])
 @pytest.mark.parametrize("mode", MODES)
+@examples
 @given(data=st.data())
 def test_integers_to_float32(kind: str, mode: str, data: st.DataObject) -> None:
     values = data.draw(integers(kind))
@@ -60,6 +59,7 @@ def test_integers_to_float32(kind: str, mode: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64", "s16"])
 @pytest.mark.parametrize("mode", ["rni", "rzi", "rmi", "rpi"])
+@examples
 @given(values=floats("f32"))
 def test_float32_to_integers_clamps(kind: str, mode: str, values: np.ndarray) -> None:
     define = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}[mode]
@@ -76,6 +76,7 @@ def test_float32_to_integers_clamps(kind: str, mode: str, values: np.ndarray) ->
 
 
 @pytest.mark.parametrize("mode", ["rni", "rzi", "rmi", "rpi"])
+@examples
 @given(values=floats("f32"))
 def test_rounding_to_integral_floats(mode: str, values: np.ndarray) -> None:
     define = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}[mode]
@@ -86,12 +87,14 @@ def test_rounding_to_integral_floats(mode: str, values: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("to", "kind"), [("u64", "u32"), ("s64", "s32"), ("u32", "u64"), ("s32", "s16"), ("u16", "u32")]
 )
+@examples
 @given(data=st.data())
 def test_integer_widths(to: str, kind: str, data: st.DataObject) -> None:
     values = data.draw(integers(kind))
     assert convert(f"{to}.{kind}", to, kind, values).tolist() == [wrap(x, to) for x in values.tolist()]
 
 
+@examples
 @given(values=integers("u32"))
 def test_bytes_are_read_from_wider_registers(values: np.ndarray) -> None:
     text = "cvt.u16.u32 %h0, %r1; cvt.s16.s8 %h1, %h0; cvt.u32.u8 %r2, %r1; cvt.sat.u8.s32 %r3, %r1;"

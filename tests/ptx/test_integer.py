@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tools.ptx.registers import DTYPES
 
-from .harness import bits, execute
+from .harness import bits, examples, execute
 
-settings.register_profile("ptx", deadline=None, max_examples=25)
-settings.load_profile("ptx")
 FAMILY = {16: "%h", 32: "%r", 64: "%d"}
 
 
@@ -55,6 +53,7 @@ BINARY = {
 
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32", "u64", "s64"])
 @pytest.mark.parametrize("name", list(BINARY))
+@examples
 @given(data=st.data())
 def test_arithmetic_wraps_around(name: str, kind: str, data: st.DataObject) -> None:
     a, b = data.draw(integers(kind)), data.draw(integers(kind))
@@ -63,6 +62,7 @@ def test_arithmetic_wraps_around(name: str, kind: str, data: st.DataObject) -> N
 
 
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32"])
+@examples
 @given(data=st.data())
 def test_wide_products(kind: str, data: st.DataObject) -> None:
     wide = f"{kind[0]}{2 * int(kind[1:])}"
@@ -73,6 +73,7 @@ def test_wide_products(kind: str, data: st.DataObject) -> None:
     assert run(f"mad.wide.{kind}", [kind, kind, wide], wide, a, b, c) == wanted
 
 
+@examples
 @given(a=integers("s32"), b=integers("s32"), c=integers("s32"))
 def test_mad_sad_and_saturating_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> None:
     triples = list(zip(a.tolist(), b.tolist(), c.tolist(), strict=True))
@@ -82,6 +83,7 @@ def test_mad_sad_and_saturating_add(a: np.ndarray, b: np.ndarray, c: np.ndarray)
     assert run("add.sat.s32", ["s32"] * 2, "s32", a, b) == [min(max(x + y, -limit - 1), limit) for x, y, _ in triples]
 
 
+@examples
 @given(a=integers("s32"), b=integers("u32"), c=integers("s32"))
 def test_dp4a_multiplies_bytes(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> None:
     def signed(v: int) -> list[int]:
@@ -95,6 +97,7 @@ def test_dp4a_multiplies_bytes(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> N
 
 
 @pytest.mark.parametrize("kind", ["b16", "b32", "b64", "s32", "u32", "s64", "u64", "s16", "u16"])
+@examples
 @given(data=st.data())
 def test_shifts_clamp_their_amount(kind: str, data: st.DataObject) -> None:
     width = int(kind[1:])
@@ -108,6 +111,7 @@ def test_shifts_clamp_their_amount(kind: str, data: st.DataObject) -> None:
     assert run(f"shl.b{width}", [kind, "u32"], kind, a, counts) == left
 
 
+@examples
 @given(a=integers("u32"), b=integers("u32"), amount=integers("u32"))
 def test_funnel_shifts(a: np.ndarray, b: np.ndarray, amount: np.ndarray) -> None:
     for mode, limit in (("wrap", lambda n: n & 31), ("clamp", lambda n: min(n, 32))):
@@ -118,6 +122,7 @@ def test_funnel_shifts(a: np.ndarray, b: np.ndarray, amount: np.ndarray) -> None
         assert right == [both >> n & 0xFFFFFFFF for both, n in rows]
 
 
+@examples
 @given(a=integers("u32"), b=integers("u32"), c=integers("u32"), table=st.integers(0, 255))
 def test_logic(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> None:
     triples = list(zip(a.tolist(), b.tolist(), c.tolist(), strict=True))
@@ -135,6 +140,7 @@ def test_logic(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> None:
     assert got.tolist() == wanted
 
 
+@examples
 @given(a=integers("u32"), b=integers("u32"), selector=integers("u32"))
 def test_prmt_picks_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> None:
     wanted = []
@@ -150,6 +156,7 @@ def test_prmt_picks_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) ->
 
 
 @pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
+@examples
 @given(data=st.data())
 def test_bit_fields(kind: str, data: st.DataObject) -> None:
     width = int(kind[1:])
@@ -173,6 +180,7 @@ def test_bit_fields(kind: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", ["b32", "b64"])
+@examples
 @given(data=st.data())
 def test_counting_bits(kind: str, data: st.DataObject) -> None:
     width = int(kind[1:])
@@ -183,6 +191,7 @@ def test_counting_bits(kind: str, data: st.DataObject) -> None:
     assert run(f"brev.{kind}", [kind], kind, a) == [int(text[::-1], 2) for text in texts]
 
 
+@examples
 @given(a=integers("s32"), b=integers("s32"), p=st.lists(st.booleans(), min_size=32, max_size=32))
 def test_comparison_combines_and_gives_both(a: np.ndarray, b: np.ndarray, p: list[bool]) -> None:
     inputs = {"%r1": ("s32", a), "%r2": ("s32", b), "%p3": ("pred", np.array(p))}
@@ -199,6 +208,7 @@ def test_comparison_combines_and_gives_both(a: np.ndarray, b: np.ndarray, p: lis
         assert got["%p4"][i] == (not p[i])
 
 
+@examples
 @given(a=integers("u64"))
 def test_moves_split_and_join(a: np.ndarray) -> None:
     text = """mov.b64 {%r0, %r1}, %d1; mov.b64 {_, %r2}, %d1; mov.b64 %d0, {%r1, %r0};
@@ -214,6 +224,7 @@ def test_moves_split_and_join(a: np.ndarray) -> None:
         assert (got["%r4"][i], got["%r5"][i]) == (high, 7)
 
 
+@examples
 @given(a=integers("s32"), p=st.lists(st.booleans(), min_size=32, max_size=32))
 def test_guards_leave_the_other_threads_alone(a: np.ndarray, p: list[bool]) -> None:
     text = "mov.b32 %r0, 5; @%p1 mov.b32 %r0, %r1; @!%p1 add.s32 %r0, %r0, 1; @%p1 setp.eq.s32 %p1, %r1, %r1;"

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tools.ptx import ConvergenceError, UninitialisedError, UnknownInstructionError
 
-from .harness import execute
-
-settings.register_profile("ptx", deadline=None, max_examples=25)
-settings.load_profile("ptx")
-
+from .harness import examples, execute
 
 # Where element i of a lane's fragment lies in its matrix: (row, column).
 
@@ -68,6 +64,7 @@ def multiply(text: str, a: list, b: list, c: list, results: int, kind: str) -> l
     return [got[name] for name in out]
 
 
+@examples
 @given(seed=st.integers(0, 2**32))
 def test_m16n8k8_with_float32_accumulators(seed: int) -> None:
     a, b, c = matrices(seed, (16, 8), (8, 8), (16, 8))
@@ -85,6 +82,7 @@ def test_m16n8k8_with_float32_accumulators(seed: int) -> None:
     np.testing.assert_array_max_ulp(np.stack(got, 1), fragment(wanted, c_m16n8k8, 4), 1)
 
 
+@examples
 @given(seed=st.integers(0, 2**32))
 def test_m16n8k8_with_float16_accumulators(seed: int) -> None:
     a, b, c = (matrix.astype(np.float16) for matrix in matrices(seed, (16, 8), (8, 8), (16, 8)))
@@ -103,6 +101,7 @@ def test_m16n8k8_with_float16_accumulators(seed: int) -> None:
 
 @pytest.mark.parametrize("types", ["s8.s8", "u8.s8", "u8.u8"])
 @pytest.mark.parametrize("saturates", [False, True])
+@examples
 @given(seed=st.integers(0, 2**32))
 def test_m8n8k16_of_bytes(types: str, saturates: bool, seed: int) -> None:
     generator = np.random.default_rng(seed)
@@ -128,6 +127,7 @@ def test_m8n8k16_of_bytes(types: str, saturates: bool, seed: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
+@examples
 @given(order=st.permutations(range(32)))
 def test_ldmatrix(count: int, transposed: bool, order: list[int]) -> None:
     """Rows are scattered over shared memory: row r of matrix m is where thread 8 m + r says."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tools.ptx import ConvergenceError
 
-from .harness import execute
+from .harness import examples, execute
 
-settings.register_profile("ptx", deadline=None, max_examples=25)
-settings.load_profile("ptx")
 LANES = np.arange(32, dtype=np.uint32)
 FULL = "0xffffffff"
 
@@ -28,6 +26,7 @@ def lane_read(mode: str, lane: int, step: int, clamp: int) -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
+@examples
 @given(step=st.integers(0, 31), segment=st.sampled_from([0, 16, 24, 28, 30, 31]), steps_differ=st.booleans())
 def test_shuffles_within_segments(mode: str, step: int, segment: int, steps_differ: bool) -> None:
     clamp = segment << 8 | (0 if mode == "up" else 31)
@@ -41,6 +40,7 @@ def test_shuffles_within_segments(mode: str, step: int, segment: int, steps_diff
     assert list(zip(got["%r0"].tolist(), got["%p0"].astype(bool).tolist(), strict=True)) == wanted
 
 
+@examples
 @given(bits=st.integers(0, 2**32 - 1) | st.sampled_from([0, 2**32 - 1]))
 def test_votes(bits: int) -> None:
     predicate = np.array([bits >> lane & 1 for lane in range(32)])
