@@ -144,6 +144,23 @@ def test_sign_instructions_touch_one_bit(a: np.ndarray) -> None:
     assert bits(run("abs.f32", "f32", a)) == [b & 0x7FFFFFFF for b in bits(a)]
 
 
+@examples
+@given(a=floats("f32"), b=floats("f32"))
+def test_copysign_and_classes(a: np.ndarray, b: np.ndarray) -> None:
+    # copysign takes the sign of its first source.
+    got = bits(run("copysign.f32", "f32", a, b))
+    assert got == [y & 0x7FFFFFFF | x & 0x80000000 for x, y in zip(bits(a), bits(b), strict=True)]
+    names = ["finite", "infinite", "number", "notanumber", "normal", "subnormal"]
+    text = " ".join(f"testp.{name}.f32 %p{i}, %r1;" for i, name in enumerate(names))
+    tests = execute(text, {"%r1": ("f32", a)}, {f"%p{i}": "pred" for i in range(6)})
+    for lane, pattern in enumerate(bits(a)):
+        exponent, fraction = pattern >> 23 & 255, pattern & 0x7FFFFF
+        nan, infinite = exponent == 255 and fraction != 0, exponent == 255 and fraction == 0
+        finite = exponent < 255
+        wanted = [finite, infinite, not nan, nan, finite and exponent > 0, exponent == 0 and fraction != 0]
+        assert [bool(tests[f"%p{i}"][lane]) for i in range(6)] == wanted
+
+
 _HOLDS = {
     "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,

@@ -130,6 +130,7 @@ def test_logic(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> None:
     assert run("or.b32", ["b32"] * 2, "u32", a, b) == [x | y for x, y, _ in triples]
     assert run("xor.b32", ["b32"] * 2, "u32", a, b) == [x ^ y for x, y, _ in triples]
     assert run("not.b32", ["b32"], "u32", a) == [x ^ 0xFFFFFFFF for x in a.tolist()]
+    assert run("cnot.b32", ["b32"], "u32", a) == [int(x == 0) for x in a.tolist()]
     # The table is what the function makes of a = 0xF0, b = 0xCC, c = 0xAA: bit k for the inputs' k-th combination.
     wanted = [
         sum((table >> ((x >> i & 1) << 2 | (y >> i & 1) << 1 | z >> i & 1) & 1) << i for i in range(32))

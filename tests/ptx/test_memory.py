@@ -32,7 +32,8 @@ def test_vectors_hints_and_predicates() -> None:
     x = np.arange(128, dtype=np.float32)
     y = np.full(128, -1, np.float32)
     run(
-        """mad.lo.s64 %d0, %tid64, 16, %in0; mad.lo.s64 %d1, %tid64, 16, %in1; setp.lt.u32 %p0, %tid32, 30;
+        """cvta.to.global.u64 %in0, %in0; membar.gl; fence.acq_rel.gpu;
+        mad.lo.s64 %d0, %tid64, 16, %in0; mad.lo.s64 %d1, %tid64, 16, %in1; setp.lt.u32 %p0, %tid32, 30;
         @%p0 ld.global.L1::evict_last.v4.b32 {%r0, %r1, %r2, %r3}, [ %d0 + 0 ];
         @%p0 st.global.v2.b32 [ %d1 + 8 ], { %r0, %r3 };""",
         x,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -138,6 +139,14 @@ def test_tensor_core_and_scalar_kernels_agree_and_repeat_themselves() -> None:
     assert scalar_counters.instructions["tensor"] == 0
     # Two products of 64 x 64 x 64 a tile, 1 + 2 + 3 tiles in the three blocks.
     assert counters.tensor_flops == 6 * 2 * 2 * 64**3
+
+
+def test_a_block_over_eight_key_tiles_takes_less_than_two_seconds(kernel) -> None:
+    arguments = {**_inputs(8 * BLOCK), "length": 8 * BLOCK, "scale": SCALE}
+    start = time.process_time()
+    counters = launch_triton(kernel, (8,), arguments, blocks=[(7, 0, 0)])
+    assert time.process_time() - start < 2
+    assert counters.tensor_flops == 8 * 2 * 2 * BLOCK**2 * D
 
 
 @pytest.fixture(scope="module")
