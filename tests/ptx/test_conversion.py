@@ -32,6 +32,13 @@ def test_float32_to_float16(mode: str, values: np.ndarray) -> None:
     assert_same(convert(f"{mode}.f16.f32", "f16", "f32", scaled), wanted, "f16")
 
 
+def test_a_long_integer_just_above_a_tie() -> None:
+    # Halfway between two float32, but for the 1, which float64 would lose.
+    values = np.full(32, 2**62 + 2**38 + 1, np.int64)
+    assert np.all(convert("rn.f32.s64", "f32", "s64", values) == np.float32(2.0**62 + 2.0**39))
+    assert np.all(convert("rn.f32.s64", "f32", "s64", values - 1) == np.float32(2.0**62))
+
+
 def test_ftz_flushes_float32_and_keeps_float16_subnormals() -> None:
     tiny = np.full(32, 2.0**-130, np.float32)
     small = np.full(32, 2.0**-20, np.float32)  # subnormal as float16

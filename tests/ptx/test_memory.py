@@ -91,6 +91,21 @@ def test_atomics_add_in_the_order_of_threads(kind: str) -> None:
     assert x[1] == total
 
 
+def test_float32_atomics_flush_in_global_memory_only() -> None:
+    x, y = np.zeros(2, np.float32), np.zeros(1, np.float32)
+    tiny = "0f00000001"  # the smallest subnormal
+    run(
+        f"""setp.eq.u32 %p0, %tid32, 0; @%p0 red.global.add.f32 [%in0], {tiny};
+        mov.b32 %r20, global_smem; st.shared.b32 [%r20], 0; bar.sync 0; @%p0 red.shared.add.f32 [%r20], {tiny};
+        bar.sync 0; ld.shared.b32 %r1, [%r20]; st.global.b32 [%in1], %r1;""",
+        x,
+        y,
+        shared_bytes=16,
+    )
+    assert x[0] == 0
+    assert y.view(np.uint32)[0] == 1
+
+
 def test_atomics_of_other_kinds() -> None:
     x = np.array([5, 40, 0, 7], np.uint32)
     run(
@@ -215,6 +230,13 @@ def test_two_writes_race_unless_one_instruction_writes_one_value() -> None:
             @%p0 st.shared.b32 [%r20], %r0; @%p1 st.shared.b32 [%r20], %r0;""",
             shared_bytes=16,
         )
+
+
+def test_a_writer_races_with_the_others_of_its_instruction() -> None:
+    body = "mov.b32 %r20, global_smem; st.shared.b32 [%r20], %r0; setp.eq.u32 %p0, %tid32, {reader};"
+    for reader in (0, 31):
+        with pytest.raises(RaceError):
+            run(body.format(reader=reader) + "@%p0 ld.shared.b32 %r1, [%r20];", shared_bytes=16)
 
 
 def test_atomics_do_not_race_with_each_other_but_with_reads() -> None:

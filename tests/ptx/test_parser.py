@@ -39,6 +39,7 @@ def instructions(body: str):
         ("mov.b32 %r0, global_smem;", (R("%r0"), Symbol("global_smem"))),
         ("mov.b64 {_, %r1}, %d0;", (Vector((Sink(), R("%r1"))), R("%d0"))),
         ("ld.shared.b32 %r0, [%r1+-8];", (R("%r0"), Address(R("%r1"), -8))),
+        ("ld.shared.b32 %r0, [%r1-8];", (R("%r0"), Address(R("%r1"), -8))),
         ("ld.global.b32 { %r0 }, [ %d0 + 0 ];", (Vector((R("%r0"),)), Address(R("%d0"), 0))),
         ("ld.shared.b32 %r0, [global_smem+16];", (R("%r0"), Address(Symbol("global_smem"), 16))),
         ("ld.shared.b32 %r0, [64];", (R("%r0"), Address(None, 64))),

@@ -92,6 +92,11 @@ def _build_attention(tensor_cores: bool):
     return kernels.build(kernels.attention_kernel, signature, {"BLOCK": BLOCK, "D": D}, tensor_cores=tensor_cores)
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    return _build_attention(True)
+
+
 def _inputs(length: int) -> dict[str, np.ndarray]:
     q, k, v = np.random.default_rng(length).standard_normal((3, length, D)).astype(np.float16)
     # NaN where nothing is written: a row left out shows.
@@ -147,11 +152,6 @@ def test_a_block_over_eight_key_tiles_takes_less_than_two_seconds(kernel) -> Non
     counters = launch_triton(kernel, (8,), arguments, blocks=[(7, 0, 0)])
     assert time.process_time() - start < 2
     assert counters.tensor_flops == 8 * 2 * 2 * BLOCK**2 * D
-
-
-@pytest.fixture(scope="module")
-def kernel():
-    return _build_attention(True)
 
 
 def _replace_once(ptx: str, pattern: str, replacement: str, which: int = 0) -> str:
