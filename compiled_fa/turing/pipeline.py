@@ -9,7 +9,7 @@ Triton pipelines a loop (num_stages=2) with asynchronous copies from global to s
 
 The right-hand side is what this module makes of it. The load, with the arithmetic of its address and mask, goes to the
 top of the body, where it is in flight during the whole iteration's math; the store to shared memory stands where the
-copy stood, after the last use of the buffer. Triton places the barriers afterwards, from the stores and loads that it sees.
+copy stood, after the last use of the buffer. Triton places the barriers afterwards, from the stores and loads it sees.
 """
 
 import re
@@ -87,7 +87,7 @@ def _rewrite_block(block: list[Operation | str], hoist: bool) -> list[Operation 
 def _split_copy(
     copy: Operation, block: list[Operation]
 ) -> tuple[list[Operation], list[Operation], list[Operation] | None]:
-    """One asynchronous copy -> its load, its store, and what the load needs from the block (None if that cannot move)."""
+    """One asynchronous copy -> its load, its store, and what the load needs of the block (None if that cannot move)."""
     match = _COPY.match(copy.line)
     if not match:
         raise UnexpectedIRError(f"copy: {copy.line.strip()}")
