@@ -146,6 +146,8 @@ def _parse_operation(lines: list[str], at: int) -> tuple[Operation, int]:
         region: list[Operation | str] = []
         while at < len(lines) and not lines[at].lstrip().startswith("}"):
             if lines[at].lstrip().startswith("^"):
+                if _opened(lines[at]):
+                    raise UnexpectedIRError(f"braces: {lines[at].strip()}")
                 region.append(lines[at])
                 at += 1
             else:

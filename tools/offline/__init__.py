@@ -7,8 +7,8 @@
     ours, = in_own_process(compile_graph, build, turing=True)
     print(ours.hmma, ours.spills, ours.registers, ours.shared)
 
-`build` is any function that returns (function, inputs), called where tensors on "cuda" are fake: the function's graph is
-what Inductor lowers. `compile_jit` does the same for a plain @triton.jit function. Nothing is ever launched.
+`build` is any function that returns (function, inputs), called where tensors on "cuda" are fake: the function's graph
+is what Inductor lowers. `compile_jit` does the same for a plain @triton.jit function. Nothing is ever launched.
 """
 
 from tools.offline.compile import Compiled, KernelSource, compile_jit, compile_source

@@ -110,9 +110,7 @@ def compile_source(source: KernelSource, *, turing: bool) -> Compiled:
     """Compiles a kernel that Inductor wrote, with the warps and stages that it wrote with it."""
     function, keywords = _load(source)
     meta = keywords["triton_meta"]
-    ast = ASTSource(
-        fn=function, signature=meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0]
-    )
+    ast = ASTSource(fn=function, signature=meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0])
     return _compile(ast, turing, keywords["num_warps"], keywords["num_stages"])
 
 
@@ -171,7 +169,8 @@ def _load(source: KernelSource) -> tuple[Any, dict[str, Any]]:
             with open(path, "w") as file:
                 file.write(source.text)
             spec = importlib.util.spec_from_file_location(source.name, path)
-            assert spec and spec.loader
+            assert spec is not None
+            assert spec.loader is not None
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
             (pair,) = caught
             pair[0].src  # noqa: B018 - read before the file is gone

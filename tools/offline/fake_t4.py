@@ -14,6 +14,7 @@ import torch._inductor.fx_passes.joint_graph as joint_graph
 import torch._inductor.fx_passes.post_grad as post_grad
 import triton
 from torch._dynamo import device_interface
+from torch._inductor.runtime import triton_helpers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
@@ -127,6 +128,7 @@ def install() -> None:
     flex: Any = sys.modules["torch._higher_order_ops.flex_attention"]
     flex._permute_strides = _permute_strides
     triton.runtime.driver.set_active(_Driver())
+    triton_helpers.set_driver_to_gpu = _always(None)
 
 
 def _permute_strides(out: torch.Tensor, query_strides: Any) -> torch.Tensor:

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def in_own_process(function: Callable[..., T], *args: Any, environment: dict[str, str] | None = None, **kwargs: Any) -> T:
+def in_own_process(
+    function: Callable[..., T], *args: Any, environment: dict[str, str] | None = None, **kwargs: Any
+) -> T:
     """function(*args, **kwargs) in a new Python with empty compile caches; what it raises is raised here.
 
     The function and its arguments are pickled, so it has to be importable by name.
