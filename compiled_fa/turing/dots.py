@@ -37,7 +37,7 @@ _PURE = {
 }
 _PURE_IF_SAID = {"tt.elementwise_inline_asm", "tt.extern_elementwise"}  # these carry `pure = true` or `pure = false`
 _VOLATILE = re.compile(r"isVolatile = true|cacheModifier = cv|cache_modifier = cv")
-_STAGES = re.compile(r"\btt\.num_stages = (?P<stages>\d+) : i32")
+_STAGES = re.compile(r"tt\.num_stages = (?P<stages>\d+) : i32")
 _CLOSING = re.compile(r"^(?P<brace>\s*\})(?: \{(?P<attributes>[^{}]*)\})?(?P<location>(?: loc\(.*\))?)$")
 
 
@@ -118,11 +118,9 @@ def prepare(module: Module, most_stages: int) -> bool:
         if any(result.startswith("%turing_") for result in operation.results):
             raise UnexpectedIRError(f"a value has a name of ours: {operation.line.strip()}")
     module.operation.rewrite_regions(_prepare_dot)
-    # A flattened loop nest becomes one loop, with the outer loop's stores in it.
-    flattened = any("tt.flatten" in line for line in module.operation.lines())
     for operation in module.operations():
         if operation.name == "scf.for":
-            unsafe = flattened or any(may_write(inner) for inner in operation.inside())
+            unsafe = any(may_write(inner) for inner in operation.inside())
             _limit_stages(operation, 1 if unsafe else most_stages)
     return True
 
@@ -154,16 +152,20 @@ def _limit_stages(loop: Operation, most: int) -> None:
     """Lowers a loop's own number of stages to `most`. A loop's attributes stand after its closing brace.
 
     A loop that has no number gets one only to forbid pipelining: of a loop that has one, Triton pipelines every load;
-    of another, only the loads that feed dots.
+    of another, only the loads that feed dots. And loops that ask to be flattened stay nested, as they do without the
+    stage: one loop of both would have the outer one's stores in it.
     """
-    closing = loop.closings[-1]
-    asked = _STAGES.search(closing)
-    if asked:
-        loop.closings[-1] = _STAGES.sub(f"tt.num_stages = {min(int(asked['stages']), most)} : i32", closing)
-        return
-    match = _CLOSING.match(closing)
+    match = _CLOSING.match(loop.closings[-1])
     if not match:
-        raise UnexpectedIRError(f"end of a loop: {closing.strip()}")
-    if most == 1:
-        attributes = f"{match['attributes']}, " if match["attributes"] else ""
-        loop.closings[-1] = f"{match['brace']} {{{attributes}tt.num_stages = 1 : i32}}{match['location']}"
+        raise UnexpectedIRError(f"end of a loop: {loop.closings[-1].strip()}")
+    kept = []
+    number = 1 if most == 1 else None
+    for attribute in filter(None, (match["attributes"] or "").split(", ")):
+        if stages := _STAGES.fullmatch(attribute):
+            number = min(int(stages["stages"]), most)
+        elif attribute != "tt.flatten":
+            kept.append(attribute)
+    if number is not None:
+        kept.append(f"tt.num_stages = {number} : i32")
+    attributes = f" {{{', '.join(kept)}}}" if kept else ""
+    loop.closings[-1] = f"{match['brace']}{attributes}{match['location']}"

@@ -32,7 +32,7 @@ class _Hook:
     def __init__(self, previous: Callable[..., Any] | None):
         self.previous = previous
         self.active = True
-        self.undo_inductor: Callable[[], None] = lambda: None
+        self.undo: list[Callable[[], None]] = []
 
     def __call__(
         self, backend: Any = None, stages: Any = None, options: Any = None, language: Any = None, capability: Any = None
@@ -74,7 +74,8 @@ def enable() -> None:
         from triton import knobs
 
         hook = _Hook(knobs.runtime.add_stages_inspection_hook)
-        hook.undo_inductor = private.patch_inductor(source_hash(), compile_in_worker)
+        hook.undo.append(private.patch_triton(source_hash()))
+        hook.undo.append(private.patch_inductor(source_hash(), compile_in_worker))
         knobs.runtime.add_stages_inspection_hook = hook
         _installed = hook
 
@@ -90,7 +91,8 @@ def disable() -> None:
         _installed.active = False
         if knobs.runtime.add_stages_inspection_hook is _installed:
             knobs.runtime.add_stages_inspection_hook = _installed.previous
-        _installed.undo_inductor()
+        for undo in _installed.undo:
+            undo()
         _installed = None
 
 

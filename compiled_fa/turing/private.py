@@ -19,6 +19,8 @@ _TRITON = {
         "passes.gluon.add_inliner",
         "nvidia.passes.ttgpuir.add_allocate_shared_memory_nv",
     ),
+    "triton.compiler.compiler": ("get_cache_key",),
+    "triton.runtime.jit": ("compute_cache_key",),
     "triton.backends.nvidia.compiler": ("CUDABackend.make_ttgir", "get_ptx_version_from_options"),
 }
 _TORCH = {
@@ -81,6 +83,29 @@ def shared_bytes(text: str, context: Any, options: Any, capability: int) -> int:
     return int(module.get_int_attr("ttg.shared"))
 
 
+def patch_triton(key: str) -> Callable[[], None]:
+    """Makes Triton's caches, on disk and in memory, depend on `key`; returns what undoes it.
+
+    From 3.7 Triton asks the hook itself for its key. 3.6 has the hook, and forgets it in its keys.
+    """
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7):
+        return lambda: None
+    from triton.compiler import compiler
+    from triton.runtime import jit
+
+    on_disk, in_memory = compiler.get_cache_key, jit.compute_cache_key
+
+    def get_cache_key(*args: Any, **kwargs: Any) -> str:
+        return f"{on_disk(*args, **kwargs)}-{key}"
+
+    def compute_cache_key(known: Any, specialization: Any, options: Any) -> Any:
+        return in_memory(known, [*specialization, key], options)
+
+    return _replace((compiler, "get_cache_key", get_cache_key), (jit, "compute_cache_key", compute_cache_key))
+
+
 def patch_inductor(key: str, compile_in_worker: Callable[..., Any]) -> Callable[[], None]:
     """Makes Inductor's caches depend on `key`, and its compile workers run `compile_in_worker`; returns what undoes it.
 
@@ -97,23 +122,32 @@ def patch_inductor(key: str, compile_in_worker: Callable[..., Any]) -> Callable[
         return bytes(original_key()) + key.encode()
 
     torch_key.__dict__.update(original_key.__dict__)
-    replaced: list[tuple[Any, str, Any, Any]] = []
-    for module, name, replacement in (
+    restore = _replace(
         (codecache, "torch_key", torch_key),
         (async_compile, "torch_key", torch_key),
         (async_compile, "_worker_compile_triton", compile_in_worker),
-    ):
-        replaced.append((module, name, getattr(module, name), replacement))
-        setattr(module, name, replacement)
+    )
     _forget()
 
     def undo() -> None:
-        for module, name, original, replacement in replaced:
-            if getattr(module, name) is replacement:
-                setattr(module, name, original)
+        restore()
         _forget()
 
     return undo
+
+
+def _replace(*replacements: tuple[Any, str, Any]) -> Callable[[], None]:
+    """Replaces attributes (module, name, new value); returns what restores those that nobody has replaced since."""
+    originals = [getattr(module, name) for module, name, _ in replacements]
+    for module, name, new in replacements:
+        setattr(module, name, new)
+
+    def restore() -> None:
+        for (module, name, new), original in zip(replacements, originals, strict=True):
+            if getattr(module, name) is new:
+                setattr(module, name, original)
+
+    return restore
 
 
 def worker_compile_triton(*args: Any) -> Any:

@@ -136,7 +136,13 @@ def test_a_number_of_stages_is_lowered_never_raised():
     for most, expected in ((2, 2), (1, 1)):
         parsed = module(*asked)
         assert dots.prepare(parsed, most)
-        assert body(parsed)[-1] == f"}} {{tt.num_stages = {expected} : i32, tt.other}} loc(#loc)"
+        assert body(parsed)[-1] == f"}} {{tt.other, tt.num_stages = {expected} : i32}} loc(#loc)"
+
+
+def test_loops_are_not_flattened():
+    parsed = module(*loop(FP16)[:-1], "} {tt.flatten} loc(#loc)")
+    assert dots.prepare(parsed, 2)
+    assert body(parsed)[-1] == "} loc(#loc)"
 
 
 COPY = f"%t = ttg.async_copy_global_to_local %p, %buffer{{}} : {PTR} -> <64x32xf16, #shared, #smem, mutable> loc(#loc)"

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
 import triton.language as tl
 from triton import knobs
 
@@ -142,7 +143,7 @@ def body_of_the_loop(compiled):
     ],
 )
 def test_a_pipelined_loop(kernel, constants):
-    """Loads at the top, math, a barrier, stores to shared memory, a barrier, and then the new tile is read."""
+    """Loads at the top; then, around the loop: the tile is read, a barrier, the next one is stored, a barrier."""
     compiled = compile_(kernel, signature(), constants)
     assert "async" not in compiled.ttgir.replace("!ttg.async.token", "")
     body = body_of_the_loop(compiled)
@@ -156,7 +157,8 @@ def test_a_pipelined_loop(kernel, constants):
     (loop,) = [loop for loop in inner_loops(compiled.sass) if loop.counts["HMMA"]]
     memory = [i.opcode for i in loop.instructions if i.opcode in ("LDG", "LDSM", "STS", "BAR")]
     phases = [opcode for opcode, _ in itertools.groupby(memory)]
-    assert phases == ["LDG", "LDSM", "BAR", "STS", "BAR", "LDSM"]
+    assert phases[0] == "LDG"  # Triton 3.7 and later read the first part of the new tile at the end of the iteration
+    assert phases[1:] in (["BAR", "LDSM", "BAR", "STS"], ["LDSM", "BAR", "STS", "BAR", "LDSM"])
 
 
 def test_masked_loads_keep_their_values():
@@ -195,10 +197,20 @@ def test_volatile_loads_are_not_pipelined():
     assert not is_pipelined(compiled)
 
 
-def test_flattened_loops_are_not_pipelined():
+def test_loops_that_ask_to_be_flattened_stay_nested(monkeypatch):
+    """The inner one, which only loads, is pipelined; the store stays in the outer one."""
+    if triton.__version__ < "3.7":  # flattens them unasked: then the one loop of both is not pipelined
+        monkeypatch.setattr("compiled_fa.turing.stage._warned", set())
+        compiled = compile_(kernels.flattened, signature(N="i32"), warns="in a pipelined loop: tt.store")
+        assert compiled.hmma == 32
+        assert not is_pipelined(compiled)
+        return
     compiled = compile_(kernels.flattened, signature(N="i32"))
     assert compiled.hmma == 32
-    assert not is_pipelined(compiled)
+    outer, inner = [op for op in ir_text.parse(compiled.ttgir).operations() if op.name == "scf.for"]
+    assert "ttg.local_store" in [operation.name for operation in inner.inside()]
+    assert "tt.store" in [operation.name for operation in outer.inside()]
+    assert "tt.store" not in [operation.name for operation in inner.inside()]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +247,6 @@ def test_an_unknown_shape_of_dot_means_stock_triton(monkeypatch):
 
 
 def test_other_gpus_are_not_touched():
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

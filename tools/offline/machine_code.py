@@ -7,8 +7,8 @@ leave.
 
 Rates, for a T4: HMMA.1688 is 1024 multiply-adds at 128 a cycle; IMMA.8816 twice as fast; FP32, IMAD and ALU
 instructions take 16 lanes two cycles, special functions and conversions between float widths (F2F) 4 lanes eight;
-shared memory gives 128 bytes a cycle (shuffles, which use its data path, are not counted). GeForce cards accumulate HMMA
-in fp32 at half that rate.
+shared memory gives 128 bytes a cycle (shuffles, which use its data path, are not counted). GeForce cards accumulate
+HMMA in fp32 at half that rate.
 """
 
 import collections
