@@ -41,13 +41,22 @@ _ADDRESS = {
 def without_async_copies(module: Module) -> None:
     """Rewrites a TTGIR module that Triton has pipelined for Ampere, in place."""
     for operation in module.operations():
-        if operation.name == "scf.for" and any(_is_copy(inner) for inner in operation.inside()):
+        if _is_pipelined(operation):
             unsafe = next((i for i in operation.inside() if i.name not in _LOCAL and may_write(i)), None)
             if unsafe:
                 raise UnexpectedIRError(f"in a pipelined loop: {unsafe.line.strip()}")
     for operation in [module.operation, *module.operations()]:
         for region in operation.regions:
-            region[:] = _rewrite_block(region, hoist=operation.name == "scf.for")
+            region[:] = _rewrite_block(region, hoist=_is_pipelined(operation))
+
+
+def _is_pipelined(operation: Operation) -> bool:
+    """Whether it is a loop that waits for what its previous iteration copied.
+
+    Copies directly in another block are for the first iteration of a loop that follows. They are not moved: there may
+    be stores before them.
+    """
+    return operation.name == "scf.for" and "!ttg.async.token" in operation.line
 
 
 def _is_copy(operation: Operation) -> bool:

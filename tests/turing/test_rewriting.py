@@ -146,11 +146,25 @@ def test_loops_are_not_flattened():
 
 
 COPY = f"%t = ttg.async_copy_global_to_local %p, %buffer{{}} : {PTR} -> <64x32xf16, #shared, #smem, mutable> loc(#loc)"
+TOKEN_LOOP = "%r = scf.for %i = %c0 to %K step %c1 iter_args(%w = %t0) -> (!ttg.async.token)  : i32 {"
 STORE = (
     "ttg.local_store %turing_value_t, %buffer : tensor<64x32xf16, #blocked> -> "
     "!ttg.memdesc<64x32xf16, #shared, #smem, mutable> loc(#loc)"
 )
 POISON = "%t = ub.poison : !ttg.async.token loc(#loc)"
+
+
+def pipelined(*lines):
+    """A loop that carries the token of a copy from one iteration to the next."""
+    return [TOKEN_LOOP, *loop(*lines)[1:]]
+
+
+def test_a_copy_before_the_loop_it_is_for_stays_where_it_is():
+    """Its load may read what a store before it, in the same outer iteration, has written."""
+    write = f"tt.store %p, %v : {PTR} loc(#loc)"
+    parsed = module(*loop(write, COPY.format("")))
+    pipeline.without_async_copies(parsed)
+    assert body(parsed)[1:-1] == [write, f"%turing_value_t = tt.load %p : {PTR} loc(#loc)", STORE, POISON]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +192,7 @@ def test_a_load_moves_up_with_its_address_and_nothing_else():
     use = (
         "%u = ttg.local_load %buffer token %w : !ttg.memdesc<64x32xf16, #shared, #smem> -> tensor<64x32xf16> loc(#loc)"
     )
-    parsed = module(*loop("%one = arith.addi %i, %i : i32 loc(#loc)", use, address, COPY.format("")))
+    parsed = module(*pipelined("%one = arith.addi %i, %i : i32 loc(#loc)", use, address, COPY.format("")))
     pipeline.without_async_copies(parsed)
     load = f"%turing_value_t = tt.load %p : {PTR} loc(#loc)"
     assert body(parsed)[1:-1] == [
@@ -193,7 +207,7 @@ def test_a_load_moves_up_with_its_address_and_nothing_else():
 
 def test_a_load_whose_address_cannot_move_stays():
     address = f"%p = ttg.convert_layout %q : tensor<64x32x!tt.ptr<f16>, #other> -> {PTR} loc(#loc)"
-    parsed = module(*loop("%one = arith.addi %i, %i : i32 loc(#loc)", address, COPY.format("")))
+    parsed = module(*pipelined("%one = arith.addi %i, %i : i32 loc(#loc)", address, COPY.format("")))
     pipeline.without_async_copies(parsed)
     assert [line.split(" = ")[0] for line in body(parsed)[1:-1]] == ["%one", "%p", "%turing_value_t", STORE, "%t"]
 
@@ -203,7 +217,7 @@ def test_a_load_whose_address_cannot_move_stays():
 )
 def test_a_pipelined_loop_that_writes_is_refused(line):
     with pytest.raises(UnexpectedIRError, match="in a pipelined loop"):
-        pipeline.without_async_copies(module(*loop(line, COPY.format(""))))
+        pipeline.without_async_copies(module(*pipelined(line, COPY.format(""))))
 
 
 def test_an_unknown_copy_is_refused():

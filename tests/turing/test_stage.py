@@ -197,14 +197,8 @@ def test_volatile_loads_are_not_pipelined():
     assert not is_pipelined(compiled)
 
 
-def test_loops_that_ask_to_be_flattened_stay_nested(monkeypatch):
+def test_loops_that_ask_to_be_flattened_stay_nested():
     """The inner one, which only loads, is pipelined; the store stays in the outer one."""
-    if triton.__version__ < "3.7":  # flattens them unasked: then the one loop of both is not pipelined
-        monkeypatch.setattr("compiled_fa.turing.stage._warned", set())
-        compiled = compile_(kernels.flattened, signature(N="i32"), warns="in a pipelined loop: tt.store")
-        assert compiled.hmma == 32
-        assert not is_pipelined(compiled)
-        return
     compiled = compile_(kernels.flattened, signature(N="i32"))
     assert compiled.hmma == 32
     outer, inner = [op for op in ir_text.parse(compiled.ttgir).operations() if op.name == "scf.for"]
