@@ -137,3 +137,18 @@ def scaled(a, b, scales, c):
     first = tl.dot_scaled(x, s, "e5m2", y, None, "fp16")
     second = tl.dot(y, y)
     tl.store(c + m[:, None] * 64 + m[None, :], first + second)
+
+
+@triton.jit
+def writes_between_loops(a, b, c, K, N):
+    """What the inner loop loads first, the outer one has just written."""
+    m, k = tl.arange(0, 64), tl.arange(0, 32)
+    for n in range(N):
+        first = a + m[:, None] * K + k[None, :]
+        tl.store(first, (tl.load(first) * 2).to(tl.float16))
+        tl.debug_barrier()
+        total = tl.zeros((64, 64), tl.float32)
+        for start in range(0, K, 32):
+            x = tl.load(a + m[:, None] * K + (start + k)[None, :])
+            total = tl.dot(x, tl.load(b + (start + k)[:, None] * 64 + m[None, :]), total)
+        tl.store(c + n * 4096 + m[:, None] * 64 + m[None, :], total)
