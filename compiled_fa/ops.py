@@ -82,7 +82,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem, engine = make_problem(*arguments)
         _check_values(problem)
-        out, lse = engines.serving(engine, problem.q.device.type).forward(problem)
+        out, lse = engines.serving(engine, problem).forward(problem)
         return out, lse
 
     @forward.register_fake
@@ -99,7 +99,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         problem, engine = make_problem(*arguments)
         validation.backward(problem, dout, dlse, out, lse)
         _check_values(problem)
-        dq, dk, dv = engines.serving(engine, problem.q.device.type).backward(problem, dout, out, lse, dlse)
+        dq, dk, dv = engines.serving(engine, problem).backward(problem, dout, out, lse, dlse)
         return dq, dk, dv
 
     @backward.register_fake

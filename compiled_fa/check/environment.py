@@ -21,7 +21,7 @@ def _version(package: str) -> str:
 
 def describe(device: torch.device, engine: str) -> dict[str, str]:
     """Labels and values, in the order of the report."""
-    name, reason = engines.choose(engine, device.type)
+    name, reason = engines.choose(engine, device)
     cuda = device.type == "cuda"
     hardware = torch.cuda.get_device_name(device) if cuda else f"{platform.processor() or platform.machine()}"
     capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else "none (not a CUDA device)"

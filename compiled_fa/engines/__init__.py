@@ -1,6 +1,6 @@
 """The engines, and which of them serves a call.
 
-An engine is a module with `forward(problem)`, `backward(problem, dout, out, lse, dlse)` and `why_not(device_type)`.
+An engine is a module with `forward(problem)`, `backward(problem, dout, out, lse, dlse)` and `why_not(device, problem)`.
 Engines never import each other; what they share is the score program and the problem.
 """
 
@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from . import tiled
+import torch
+
+from ..problem import Problem
+from . import fused, tiled
 
 # In the order of preference: the first that can serve a device does.
-ENGINES: dict[str, ModuleType] = {"tiled": tiled}
+ENGINES: dict[str, ModuleType] = {"fused": fused, "tiled": tiled}
 
 _override: str | None = None
 
@@ -47,21 +50,22 @@ def requested() -> str:
     return _override or os.environ.get("COMPILED_FA_ENGINE") or "auto"
 
 
-def choose(name: str, device_type: str) -> tuple[str, str]:
-    """-> the engine that serves such a device, and why. One asked for by name serves or raises RuntimeError."""
+def choose(name: str, device: torch.device, problem: Problem | None = None) -> tuple[str, str]:
+    """-> the engine that serves a device, or a call on it, and why. One asked for by name serves or raises
+    RuntimeError."""
     if _known(name, "engine") != "auto":
-        reason = ENGINES[name].why_not(device_type)
+        reason = ENGINES[name].why_not(device, problem)
         if reason is not None:
-            raise RuntimeError(f"the {name} engine was asked for and cannot serve {device_type}: {reason}")
+            raise RuntimeError(f"the {name} engine was asked for and cannot serve this call: {reason}")
         return name, "asked for by name"
     refusals: list[str] = []
     for candidate, engine in ENGINES.items():
-        reason = engine.why_not(device_type)
+        reason = engine.why_not(device, problem)
         if reason is None:
             return candidate, "; ".join(refusals) or "first choice"
         refusals.append(f"not {candidate}: {reason}")
     raise RuntimeError("no engine can serve this device: " + "; ".join(refusals))
 
 
-def serving(name: str, device_type: str) -> ModuleType:
-    return ENGINES[choose(name, device_type)[0]]
+def serving(name: str, problem: Problem) -> ModuleType:
+    return ENGINES[choose(name, problem.q.device, problem)[0]]

@@ -51,7 +51,7 @@ class Dropout:
 
     def row(self, batch: Tensor, head: Tensor, q_idx: Tensor) -> Row:
         """What the decisions of a row have in common, of the broadcast shape of the three indices."""
-        low, high = mix(self.seed[0]), mix(self.seed[1] ^ GOLDEN)
+        low, high = mix(self.seed.select(0, 0)), mix(self.seed.select(0, 1) ^ GOLDEN)
         for index in (batch, head, q_idx):
             low = mix(low + index.to(torch.int32))
             high = mix(high + low)

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
 Position = Any  # int or Tensor: a position, or the positions of many tiles
 
 

@@ -20,14 +20,14 @@ UNBOUNDED = Window()
 
 
 def _of_batch(lengths: int | Tensor, batch: Tensor) -> int | Tensor:
-    return lengths[batch] if isinstance(lengths, Tensor) else lengths
+    return lengths[batch] if isinstance(lengths, Tensor) and lengths.dim() else lengths
 
 
 @dataclass(frozen=True)
 class ScoreProgram:
     """One call's scores. A number may also be a tensor of no dimension, so that compiled code serves every value.
 
-    seqlen_q, seqlen_k: an int for all sequences, or an int32 tensor (batch,).
+    seqlen_q, seqlen_k: an int for all sequences, or an int32 tensor (batch,) or ().
     softmax_scale: factor of q·k.
     softcap: bound c of c·tanh(score / c), or None.
     alibi_slopes: (batch, nheads), fp32, or None.

@@ -10,5 +10,6 @@ pipeline; ir_text.py reads and writes Triton's text; private.py holds every use 
 """
 
 from compiled_fa.turing.hook import disable, enable, is_enabled
+from compiled_fa.turing.private import missing
 
-__all__ = ["disable", "enable", "is_enabled"]
+__all__ = ["disable", "enable", "is_enabled", "missing"]

@@ -1,7 +1,8 @@
 """Packed sequences laid out anew, each beginning with a new block.
 
-Then a tile belongs to one sequence, its runs are those of blocks.py, and unaligned starts cost nothing in the kernel. The
-price is one copy of the rows in and one out, and up to BLOCK - 1 rows of padding a sequence; the buffer's size follows
+Then a tile belongs to one sequence, its runs are those of blocks.py, and unaligned starts cost nothing in the kernel.
+The price is one copy of the rows in and one out, and up to BLOCK - 1 rows of padding a sequence; the buffer's size
+follows
 from shapes alone, so the host never reads a length.
 """
 
@@ -16,7 +17,8 @@ from .blocks import BLOCK, Blocks, blocks_of, first_block
 class Aligned:
     """One side, queries or keys, of a packed call.
 
-    cu_seqlens: int32 (batch + 1,). total: rows of the packed tensor. pages: (block_table, block_size) where those are paged.
+    cu_seqlens: int32 (batch + 1,). total: rows of the packed tensor. pages: (block_table, block_size) where those are
+    paged.
     """
 
     def __init__(self, cu_seqlens: Tensor, total: int, pages: tuple[Tensor, int] | None = None) -> None:

@@ -1,9 +1,10 @@
 """Which tiles of the score matrix exist, and which are full: flex_attention's block structure, from lengths alone.
 
 A block is BLOCK queries of one sequence, or BLOCK of its keys. What a block of queries sees is an interval of keys
-(scores/masks.py), so its tiles are a run of key blocks: those in the middle full, those at the rims partial. All of it is
-arithmetic on a few numbers per block, on the device, for all blocks at once: no mask is evaluated, and the host waits for
-nothing.
+(scores/masks.py), so its tiles are a run of key blocks: those in the middle full, those at the rims partial. All of
+it is arithmetic on a few numbers per block, on the device, for all blocks at once: no mask is evaluated, and the host
+waits
+for nothing.
 
     keys ->   0   1   2   3   4   5          . not kept
     block r   .   p   f   f   p   .          partial: 1, 4     full: 2, 3
@@ -11,6 +12,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,11 +22,12 @@ from ...scores import Window
 
 BLOCK = 128  # a multiple of every tile size of the kernels
 
+
 class Blocks(NamedTuple):
     """One side's blocks: int32 (blocks,) each.
 
-    batch: the sequence that a block belongs to. first: index within it of the block's first row. length: the block's rows
-    that exist, 0 for blocks that only fill up a buffer.
+    batch: the sequence that a block belongs to. first: index within it of the block's first row. length: the block's
+    rows that exist, 0 for blocks that only fill up a buffer.
     """
 
     batch: Tensor
@@ -58,7 +61,8 @@ class Structure(NamedTuple):
 
 
 def blocks_of(lengths: Tensor, count: int) -> Blocks:
-    """Blocks of sequences laid out behind one another, each beginning with a new block. count: at least their number."""
+    """Blocks of sequences laid out behind one another, each beginning with a new block. count: at least their
+    number."""
     number = torch.arange(count, dtype=torch.int32, device=lengths.device)
     ends = ((lengths + (BLOCK - 1)) // BLOCK).cumsum(0).to(torch.int32)  # of each sequence, in blocks
     batch = torch.searchsorted(ends, number, right=True, out_int32=True).clamp(max=lengths.shape[0] - 1)
@@ -113,8 +117,8 @@ def _width(longest: int, reach: int | None) -> int:
 
 
 def _runs(
-    needed: tuple[Tensor, Tensor],
-    full: tuple[Tensor, Tensor],
+    needed: Sequence[Tensor],
+    full: Sequence[Tensor],
     exists: Tensor,
     length: Tensor,
     first: Tensor,
@@ -128,6 +132,7 @@ def _runs(
     sequence; first: number of its first block. end_needs_mask: a last block that its sequence does not fill is partial.
     Keys past the end need the mask; of queries past the end nothing is kept.
     """
+    needed, full = ([torch.as_tensor(end, device=length.device) for end in ends] for ends in (needed, full))
     start, stop = needed[0] // BLOCK, (needed[1] + (BLOCK - 1)) // BLOCK
     stop = torch.where(exists & (needed[0] < needed[1]), stop, start)
     full_start, full_stop = (full[0] + (BLOCK - 1)) // BLOCK, full[1] // BLOCK
@@ -135,6 +140,7 @@ def _runs(
         full_stop = torch.where(full[1] >= length, (length + (BLOCK - 1)) // BLOCK, full_stop)
     some = whole & (start < stop) & (full_start < full_stop)
     full_start, full_stop = torch.where(some, full_start, stop), torch.where(some, full_stop, stop)
+    start = start.expand_as(stop)
     before = full_start - start  # partial blocks before the full ones; the others come behind them
     column = torch.arange(width, dtype=torch.int32, device=first.device)
     partial = torch.where(column < before[:, None], start[:, None] + column, (full_stop - before)[:, None] + column)

@@ -10,6 +10,9 @@ scratch.py    buffers that outlive a call
 inductor.py   steps compiled by Inductor, and what happens where they cannot be
 """
 
+import torch
+
+from ...problem import Problem
 from .backward import backward
 from .forward import forward
 from .tiles import TileSizes
@@ -17,6 +20,6 @@ from .tiles import TileSizes
 __all__ = ["TileSizes", "backward", "forward", "why_not"]
 
 
-def why_not(device_type: str) -> str | None:
-    """Why this engine cannot serve such a device; None: it can. It serves them all."""
+def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
+    """Why this engine cannot serve a device, or a call on it; None: it can. It serves them all."""
     return None

@@ -1,49 +1,37 @@
 """Steps compiled by Inductor, and what happens where they cannot be.
 
-A step runs thousands of times a call, so the guards of a torch.compile'd function (20 µs) would cost more than small
-tiles do; and its graphs would count against the recompile limits of the model that calls us. So a step is traced once
-with symbolic shapes and handed to Inductor itself: one piece of machine code for all shapes and all numbers (scale,
-softcap, window, ... travel as tensors), called without guards.
+One piece of machine code serves all shapes and all numbers: scale, softcap, window, ... travel as tensors. Where
+Inductor fails or has no C++ compiler, and with COMPILED_FA_COMPILE=0, steps run eagerly, and a warning says so once.
 
-Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs. Tried with torch 2.13.0. Where it is missing
-or fails, where there is no C++ compiler, and with COMPILED_FA_COMPILE=0, steps run eagerly, and a warning says so once.
+Private API: torch._inductor.cpp_builder.get_cpp_compiler, tried with torch 2.13.0; the rest is in
+compiled_fa/inductor.py.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functionalize
 
-log = logging.getLogger("compiled_fa")
+from ... import inductor
+from ...inductor import Compiled, Size, say_once
 
 Step = Callable[..., None]
 
-# A traced size is a symbol of its own only where no other size has the same value, and none is 0 or 1.
-# Inductor takes them for typical: small leading ones make it spread rows over threads, not pairs of heads.
-_PAIRS, _HEADS, _QUERIES, _KEYS, _HEAD_DIM, _BATCH, _NHEADS = 4, 3, 509, 521, 67, 5, 7
+# Typical sizes: small leading ones make Inductor spread rows over threads, not pairs of heads.
+TYPICAL = {"p": 4, "g": 3, "m": 509, "n": 521, "d": 67, "batch": 5, "nheads": 7}
 
-_OPTIONS: dict[str, Any] = {
+_CONFIG: dict[str, Any] = {
     "cpp.dynamic_threads": True,  # as many threads as torch.set_num_threads says when called
     "cpp.threads": 64,  # so that enough loops are made parallel for any machine
 }
 
-_compiled: dict[object, Callable[[list[Tensor]], object] | None] = {}
-_lock = threading.Lock()
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        log.warning("compiled_fa: %s", message)
+_failed: set[object] = set()
 
 
 def why_not() -> str | None:
@@ -67,53 +55,31 @@ def compiler() -> str | None:
         return None
 
 
-def example(*shape: str, dtype: torch.dtype) -> Tensor:
-    """A tensor to trace with: dimensions named p, g, m, n, d, batch, nheads, or none."""
-    sizes = {"p": _PAIRS, "g": _HEADS, "m": _QUERIES, "n": _KEYS, "d": _HEAD_DIM, "batch": _BATCH, "nheads": _NHEADS}
-    return torch.zeros([sizes.get(name) or int(name) for name in shape], dtype=dtype)
+def example(size: Size, *shape: str, dtype: torch.dtype) -> Tensor:
+    """A tensor to trace with: dimensions named as in TYPICAL, or "1"."""
+    return torch.empty([size(name, TYPICAL[name]) if name in TYPICAL else int(name) for name in shape], dtype=dtype)
 
 
-def compiled(
-    key: object, step: Step, examples: Callable[[], Sequence[Tensor]]
-) -> Callable[[list[Tensor]], object] | None:
+def compiled(key: object, step: Step, examples: Callable[[Size], Sequence[Tensor]]) -> Compiled | None:
     """`step`, which writes into its arguments and returns nothing, as machine code for a list of tensors; or None.
 
-    key: names the step in the process's cache. examples: makes tensors to trace with.
+    key: names the step in the process's cache. examples: makes fake tensors to trace with.
     """
     if reason := why_not():
-        _say_once(reason)
+        say_once(reason)
         return None
-    with _lock:
-        if key not in _compiled:
-            try:
-                # A thread of its own: the caller's may be inside someone's tracing or dispatch modes.
-                with ThreadPoolExecutor(1) as pool:
-                    _compiled[key] = pool.submit(_compile, step, examples()).result()
-            except Exception as error:
-                _say_once(f"Inductor could not compile a step ({type(error).__name__}: {error}); it runs eagerly")
-                _compiled[key] = None
-        return _compiled[key]
-
-
-def _compile(step: Step, examples: Sequence[Tensor]) -> Callable[[list[Tensor]], object]:
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.func import functionalize
-    from torch.fx.experimental.proxy_tensor import make_fx
+    if key in _failed:
+        return None
 
     def returns_nothing(*tensors: Tensor) -> tuple[()]:
         step(*tensors)
         return ()
 
-    with torch.inference_mode(False), torch.no_grad(), config.patch(_OPTIONS):
-        graph = make_fx(
-            functionalize(returns_nothing, remove="mutations_and_views"),
-            decomposition_table=select_decomp_table(),
-            tracing_mode="symbolic",
-        )(*examples)
-        inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        with torch._guards.tracing(torch._guards.TracingContext(inputs[0].fake_mode)):
-            artifact: Any = compile_fx_inner(graph, inputs)
-    call: Callable[[list[Tensor]], object] = artifact.current_callable
-    return call
+    # Inductor takes a graph whose writes into its inputs come last, as copies.
+    functional = functionalize(returns_nothing, remove="mutations_and_views")
+    try:
+        return inductor.compiled_graph(key, functional, examples, **_CONFIG)
+    except Exception as error:
+        say_once(f"Inductor could not compile a step ({type(error).__name__}: {error}); it runs eagerly")
+        _failed.add(key)
+        return None

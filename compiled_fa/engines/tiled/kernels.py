@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...inductor import Compiled, Size
 from ...scores import Dropout, ScoreProgram, Window
 from . import inductor, steps
 from .inductor import example
 from .steps import Indices
-
-Compiled = Callable[[list[Tensor]], object] | None
 
 NO_SEED = torch.empty(0, dtype=torch.int32)  # rows come hashed
 UNBOUNDED = 1 << 30  # a window's side where it has none, in compiled code; positions stay far below
@@ -65,7 +64,7 @@ class Kernels:
         else:
             steps.gradient_step(scores, dprobs, lse, delta, indices, self._program, masked, self._keep_probability)
 
-    def _compiled(self, kernel: Callable[[Features], Compiled], masked: bool) -> Compiled:
+    def _compiled(self, kernel: Callable[[Features], Compiled | None], masked: bool) -> Compiled | None:
         if not self._may_compile:
             return None
         program = self._program
@@ -106,17 +105,23 @@ def _flat(indices: Indices) -> list[Tensor]:
     return [*indices[:4], *(indices.dropout_row or ())]
 
 
-def _example_arguments(features: Features) -> list[Tensor]:
+def _example_arguments(size: Size, features: Features) -> list[Tensor]:
     indices = [("p", "1", "1", "1"), ("p", "g", "1", "1"), ("m", "1"), ("n",)]
-    examples = [example(*shape, dtype=torch.int32) for shape in [*indices, ("batch",), ("batch",), (), ()]]
-    examples.append(example(dtype=features.dtype))
+    examples = [example(size, *shape, dtype=torch.int32) for shape in [*indices, ("batch",), ("batch",), (), ()]]
+    examples.append(example(size, dtype=features.dtype))
     if features.softcap:
-        examples.append(example(dtype=features.dtype))
+        examples.append(example(size, dtype=features.dtype))
     if features.alibi:
-        examples.append(example("batch", "nheads", dtype=features.dtype))
+        examples.append(example(size, "batch", "nheads", dtype=features.dtype))
     if features.dropout:
-        rows = [example("p", "g", "m", "1", dtype=torch.int32) for _ in range(2)]
-        examples = [*examples[:4], *rows, *examples[4:], example(dtype=torch.int32), example(dtype=features.dtype)]
+        rows = [example(size, "p", "g", "m", "1", dtype=torch.int32) for _ in range(2)]
+        examples = [
+            *examples[:4],
+            *rows,
+            *examples[4:],
+            example(size, dtype=torch.int32),
+            example(size, dtype=features.dtype),
+        ]
     return examples
 
 
@@ -138,25 +143,25 @@ def _rebuilt(features: Features, tensors: tuple[Tensor, ...]) -> tuple[Indices, 
     return indices, program, next(rest) if features.dropout else 1.0
 
 
-def _softmax_kernel(features: Features) -> Compiled:
+def _softmax_kernel(features: Features) -> Compiled | None:
     def step(scores: Tensor, row_max: Tensor, row_sum: Tensor, accumulator: Tensor, *tensors: Tensor) -> None:
         indices, program, _ = _rebuilt(features, tensors)
         steps.softmax_step(scores, row_max, row_sum, accumulator, indices, program, features.masked)
 
-    def examples() -> list[Tensor]:
+    def examples(size: Size) -> list[Tensor]:
         shapes = [("p", "g", "m", "n"), ("p", "g", "m"), ("p", "g", "m"), ("p", "g", "m", "d")]
-        return [example(*shape, dtype=features.dtype) for shape in shapes] + _example_arguments(features)
+        return [example(size, *shape, dtype=features.dtype) for shape in shapes] + _example_arguments(size, features)
 
     return inductor.compiled(("softmax", features), step, examples)
 
 
-def _gradient_kernel(features: Features) -> Compiled:
+def _gradient_kernel(features: Features) -> Compiled | None:
     def step(scores: Tensor, dprobs: Tensor, lse: Tensor, delta: Tensor, *tensors: Tensor) -> None:
         indices, program, keep_probability = _rebuilt(features, tensors)
         steps.gradient_step(scores, dprobs, lse, delta, indices, program, features.masked, keep_probability)
 
-    def examples() -> list[Tensor]:
+    def examples(size: Size) -> list[Tensor]:
         shapes = [("p", "g", "m", "n"), ("p", "g", "m", "n"), ("p", "g", "m"), ("p", "g", "m")]
-        return [example(*shape, dtype=features.dtype) for shape in shapes] + _example_arguments(features)
+        return [example(size, *shape, dtype=features.dtype) for shape in shapes] + _example_arguments(size, features)
 
     return inductor.compiled(("gradient", features), step, examples)

@@ -1,0 +1,151 @@
+"""A call's tensors as the template takes them: (batch, heads, rows, head_dim), with a block structure and buffers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...problem import Problem
+from ...scores import Window
+from .aligned import Aligned
+from .blocks import BLOCK, Lengths, Structure, blocks_of, structure
+from .mods import Features
+
+SMALLEST_HEAD_DIM = 16  # tl.dot takes no less: smaller ones are padded with zeros
+
+
+class Layout:
+    """`load` and `store` bring rows of q, k, v, ... into this layout and back; `structure` and `buffers` go with it."""
+
+    features: Features
+    structure: Structure
+    buffers: dict[str, Tensor]
+    divisible: bool
+
+    def load_queries(self, rows: Tensor, fill: float = 0.0) -> Tensor:
+        raise NotImplementedError
+
+    def load_keys(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def store_queries(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def store_keys(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def layout_of(problem: Problem) -> Layout:
+    return DenseLayout(problem) if problem.packed is None else AlignedLayout(problem)
+
+
+def _features(
+    problem: Problem, packed: bool, square: bool, batch: Tensor, q_idx: Tensor
+) -> tuple[Features, dict[str, Tensor]]:
+    """What is fixed in the kernel, and the buffers that come with it.
+
+    batch, q_idx: the score program's indices of the layout's rows, broadcastable to (batch, heads, rows).
+    """
+    program = problem.program(0, 0)
+    buffers = {}
+    if program.alibi_slopes is not None:
+        buffers["alibi_slopes"] = program.alibi_slopes.contiguous()
+    threshold = None
+    if program.dropout is not None:
+        head = torch.arange(problem.q.shape[-2], dtype=torch.int32, device=problem.q.device)[:, None]
+        buffers["dropout_low"], buffers["dropout_high"] = program.dropout.row(batch, head, q_idx)
+        threshold = int(program.dropout.threshold)
+    softcap = None if program.softcap is None else float(program.softcap)
+    alibi = program.alibi_slopes is not None
+    return Features(problem.softmax_scale, softcap, alibi, program.window, threshold, packed, square), buffers
+
+
+class DenseLayout(Layout):
+    """Views: (B, S, H, D) with heads and rows swapped. The block structure is that of one sequence, for all of them."""
+
+    def __init__(self, problem: Problem) -> None:
+        seqlen_q, seqlen_k = problem.q.shape[1], problem.k.shape[1]
+        square = seqlen_q == seqlen_k
+        batch = torch.arange(problem.batch, dtype=torch.int32, device=problem.q.device)[:, None, None]
+        q_idx = torch.arange(seqlen_q, dtype=torch.int32, device=problem.q.device)
+        self.features, self.buffers = _features(problem, False, square, batch, q_idx)
+        self.structure = _dense_structure(problem.window, seqlen_q, seqlen_k, problem.q.device)
+        self.divisible = seqlen_q % BLOCK == 0 and seqlen_k % BLOCK == 0
+        if not square:
+            self.buffers["shift"] = torch.full((), seqlen_k - seqlen_q, dtype=torch.int32, device=problem.q.device)
+
+    def load_queries(self, rows: Tensor, fill: float = 0.0) -> Tensor:
+        return rows.transpose(1, 2)
+
+    def load_keys(self, rows: Tensor) -> Tensor:
+        return rows.transpose(1, 2)
+
+    def store_queries(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous()
+
+    def store_keys(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _dense_structure(window: Window, seqlen_q: int, seqlen_k: int, device: torch.device) -> Structure:
+    lengths_q, lengths_k = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (seqlen_q, seqlen_k))
+    lengths = Lengths(lengths_q, lengths_k, seqlen_q, seqlen_k)
+    blocks = [blocks_of(x, -(-n // BLOCK)) for x, n in ((lengths_q, seqlen_q), (lengths_k, seqlen_k))]
+    return structure(window, blocks[0], blocks[1], lengths)
+
+
+class AlignedLayout(Layout):
+    """Copies: packed sequences, each beginning with a new block, as one long sequence; see aligned.py."""
+
+    divisible = True
+
+    def __init__(self, problem: Problem) -> None:
+        packed = problem.packed
+        assert packed is not None
+        total_k, pages = problem.k.shape[0], None
+        if packed.block_table is not None:
+            pages = packed.block_table, problem.k.shape[1]
+            # Lengths are on the device; as many blocks as the table has room for hold them all.
+            total_k = packed.block_table.numel() * problem.k.shape[1]
+        self._q = Aligned(packed.cu_seqlens_q, problem.q.shape[0])
+        self._k = Aligned(packed.cu_seqlens_k, total_k, pages)
+        lengths = Lengths(self._q.lengths, self._k.lengths, packed.max_seqlen_q, packed.max_seqlen_k)
+        self.structure = structure(problem.window, self._q.blocks, self._k.blocks, lengths)
+        self.features, self.buffers = _features(problem, True, False, self._q.batch[None, None], self._q.index)
+        self.buffers |= {"seqlens_q": self._q.lengths, "seqlens_k": self._k.lengths, "q_batch": self._q.batch}
+        self.buffers |= {"q_index": self._q.index, "k_batch": self._k.batch, "k_index": self._k.index}
+
+    def load_queries(self, rows: Tensor, fill: float = 0.0) -> Tensor:
+        return self._q.load(rows, fill)
+
+    def load_keys(self, rows: Tensor) -> Tensor:
+        return self._k.load(rows if rows.dim() == 3 else rows.flatten(0, 1))
+
+    def store_queries(self, x: Tensor) -> Tensor:
+        return self._q.store(x)
+
+    def store_keys(self, x: Tensor) -> Tensor:
+        return self._k.store(x)
+
+
+def padded(x: Tensor) -> Tensor:
+    """At least SMALLEST_HEAD_DIM columns, zeros behind: they change no product."""
+    missing = SMALLEST_HEAD_DIM - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing > 0 else x
+
+
+def canonical(x: Tensor) -> Tensor:
+    """(B, H, S, D) whose batch stride is S rows: what a kernel is compiled for. Views of dense and qkv-packed tensors
+    are; other ones are copied."""
+    batch, heads, rows, columns = x.shape
+    row, head = x.stride(2), x.stride(1)
+    if x.stride(3) == 1 and row > 0 and head > 0 and (batch == 1 or x.stride(0) == rows * row):
+        return x.as_strided((batch, heads, rows, columns), (rows * row, head, row, 1))
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+__all__ = ["Layout", "canonical", "layout_of", "padded"]

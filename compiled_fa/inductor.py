@@ -1,0 +1,91 @@
+"""Inductor without torch.compile around it: graphs traced by make_fx, compiled, and called without guards.
+
+What engines compile runs inside an op, thousands of times a call or under a model that is itself compiled: the guards
+of a torch.compile'd function (20 µs) would cost more than small tiles do, and its graphs would count against the
+recompile limits of the model that calls us. So a graph is traced once with symbolic sizes and handed to Inductor
+itself.
+
+Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs. Tried with torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("compiled_fa")
+
+Compiled = Callable[[list[Tensor]], Any]
+Size = Callable[[str, int], Any]  # (name, typical value) -> a symbolic size, the same one for the same name
+
+_compiled: dict[object, Compiled] = {}
+_lock = threading.Lock()
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """A warning in the log, once a process."""
+    if message not in _said:
+        _said.add(message)
+        log.warning("compiled_fa: %s", message)
+
+
+def compiled_graph(
+    key: object, function: Callable[..., Any], example_inputs: Callable[[Size], Sequence[Tensor]], **config: Any
+) -> Compiled:
+    """`function` as machine code for a list of tensors, from the process's cache or compiled now.
+
+    key: what else is fixed in the code. example_inputs: makes fake tensors of symbolic sizes. config: Inductor's.
+    """
+    with _lock:
+        if key not in _compiled:
+            # A thread of its own: the caller's may be inside someone's tracing or dispatch modes.
+            with ThreadPoolExecutor(1) as pool:
+                _compiled[key] = pool.submit(compile_graph, function, example_inputs, config).result()
+        return _compiled[key]
+
+
+def compile_graph(
+    function: Callable[..., Any], example_inputs: Callable[[Size], Sequence[Tensor]], config: dict[str, Any]
+) -> Compiled:
+    """Trace and compile, in this thread and without the cache."""
+    import torch._inductor.config as inductor_config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with torch.inference_mode(False), torch.no_grad(), inductor_config.patch(config):
+        with mode:
+            inputs = list(example_inputs(symbolic_sizes(mode)))
+            traced = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
+        with torch._guards.tracing(torch._guards.TracingContext(mode)):
+            artifact: Any = compile_fx_inner(traced, inputs)
+    call: Compiled = artifact.current_callable
+    return call
+
+
+def symbolic_sizes(mode: Any) -> Size:
+    """Symbols of a fake mode with a ShapeEnv, by name. Their typical values steer Inductor's choices, and bind
+    nothing."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    symbols: dict[str, Any] = {}
+
+    def size(name: str, typical: int) -> Any:
+        if name not in symbols:
+            source = ConstantSource(name)
+            symbol = mode.shape_env.create_symbol(typical, source, DimDynamic.DYNAMIC, constraint_dim=None)
+            symbols[name] = mode.shape_env.create_symintnode(symbol, hint=typical, source=source)
+        return symbols[name]
+
+    return size
