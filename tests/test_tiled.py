@@ -11,6 +11,7 @@ from support import Case, make
 from compiled_fa.engines import tiled
 from compiled_fa.engines.tiled import TileSizes, call, chunks
 from compiled_fa.engines.tiled.scratch import KEPT_BYTES, Scratch
+from compiled_fa.problem import Problem
 from compiled_fa.scores import Window
 
 
@@ -107,6 +108,15 @@ def test_chunks_hold_every_sequence_and_head_once(lengths, nheads_k, pairs):
                 assert extremes[0] <= lengths[s][side] <= extremes[1] <= max(1.34 * lengths[s][side], 8)
     expected = [(s, h) for s, pair in enumerate(lengths) if min(pair) for h in range(nheads_k)]
     assert sorted(seen) == expected
+
+
+def test_dense_calls_send_and_read_nothing(monkeypatch):
+    """No host sync: to read a meta tensor's value is an error, and no tensor is made from a list."""
+    monkeypatch.setattr(torch, "tensor", None)
+    q, k, v = (torch.empty(2, 600, 4, 8, device="meta") for _ in range(3))
+    problem = Problem.of(q, k, v, None, None, True)
+    out, lse = tiled.forward(problem)
+    tiled.backward(problem, out, out, lse)
 
 
 def test_scratch_is_reused_and_large_buffers_are_given_back():

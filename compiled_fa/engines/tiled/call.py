@@ -39,7 +39,7 @@ class Call:
     def _lay_out(self) -> None:
         """Where the sequences lie. Packed lengths are read on the host: it decides which tiles run."""
         problem, packed = self.problem, self.problem.packed
-        self._query_rows: Rows = DenseRows()
+        self._query_rows: Rows = DenseRows(problem.batch, problem.q.device)
         self._key_rows: Rows = self._query_rows
         if packed is None:
             lengths = problem.q.shape[1], problem.k.shape[1]
@@ -127,7 +127,7 @@ class Call:
     def indices(self, chunk: Chunk) -> Callable[[int, int, Tile], Indices]:
         """-> (q_start, q_stop, tile) -> where that tile of the chunk lies."""
         keys = chunk.key_heads.stop - chunk.key_heads.start
-        sequences = torch.tensor(chunk.sequences, dtype=torch.int32, device=self._heads.device)
+        sequences = self._query_rows.numbers(chunk.sequences)
         batch = sequences.repeat_interleave(keys)[:, None, None, None]
         head = self._heads[chunk.query_heads].view(keys, -1).repeat(len(sequences), 1)[:, :, None, None]
 

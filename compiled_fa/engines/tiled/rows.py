@@ -15,6 +15,8 @@ from torch import Tensor
 
 
 class Rows(Protocol):
+    def numbers(self, sequences: Sequence[int]) -> Tensor: ...
+
     def load(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor: ...
 
     def store(
@@ -23,7 +25,14 @@ class Rows(Protocol):
 
 
 class DenseRows:
-    """(batch, seqlen, nheads, head_dim); sequences are consecutive."""
+    """(batch, seqlen, nheads, head_dim); sequences are consecutive, so that the device is sent nothing."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self._numbers = torch.arange(batch, dtype=torch.int32, device=device)
+
+    def numbers(self, sequences: Sequence[int]) -> Tensor:
+        """The sequences as int32 (sequences,)."""
+        return self._numbers[sequences[0] : sequences[-1] + 1]
 
     def load(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor:
         return tensor[sequences[0] : sequences[-1] + 1, start:stop, heads]
@@ -42,9 +51,12 @@ class PackedRows:
         self._lengths = lengths
         self._single = list(zip(first.tolist(), lengths.tolist(), strict=True))
 
+    def numbers(self, sequences: Sequence[int]) -> Tensor:
+        return torch.tensor(sequences, dtype=torch.int32, device=self._first.device)
+
     def _places(self, sequences: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Row numbers (sequences, stop - start) in the tensor, and which of them exist."""
-        chosen = torch.tensor(sequences, device=self._first.device)
+        chosen = self.numbers(sequences)
         row = torch.arange(start, stop, device=self._first.device)
         exists = row < self._lengths[chosen, None]
         return (self._first[chosen, None] + row).where(exists, 0), exists
@@ -77,8 +89,11 @@ class PagedRows:
         self._block_size = block_size
         self._lengths = lengths
 
+    def numbers(self, sequences: Sequence[int]) -> Tensor:
+        return torch.tensor(sequences, dtype=torch.int32, device=self._lengths.device)
+
     def load(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor:
-        chosen = torch.tensor(sequences, device=self._lengths.device)
+        chosen = self.numbers(sequences)
         row = torch.arange(start, stop, device=self._lengths.device)
         exists = row < self._lengths[chosen, None]
         row = row.expand_as(exists).where(exists, 0)
