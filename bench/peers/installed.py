@@ -77,15 +77,19 @@ def _refuse_turing(case: Case, direction: Direction, device_type: str) -> str | 
         return reason
     if case.head_dim not in (64, 128):
         return "head_dim 64 and 128 only"
-    if case.window_size != (-1, -1) or case.softcap or case.alibi or case.dropout_p or case.page_size or case.varlen:
-        return "not wired for this feature"
-    return None
+    if case.window_size != (-1, -1) or case.softcap or case.alibi or case.dropout_p or case.page_size:
+        return "has no such feature"
+    return not_installed("flash_attention_interface")  # its Python side, beside the extension
 
 
 def _prepare_turing(inputs: Inputs) -> Prepared:
-    from flash_attn_turing import flash_attn_func
+    from flash_attention_interface import flash_attn_func, flash_attn_varlen_func
 
-    return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, causal=inputs.case.causal))
+    case = inputs.case
+    if case.varlen:
+        packing = inputs.cu_seqlens_q, inputs.cu_seqlens_k, case.max_seqlen_q, case.max_seqlen_k
+        return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *packing, case.causal))
+    return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, case.causal))
 
 
 FLASH_ATTN = Peer(_refuse_flash_attn, _prepare_flash_attn)
