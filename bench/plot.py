@@ -97,6 +97,13 @@ def _panel(axis: Any, records: list[Record], quantity: str) -> None:
         axis.set_ylim(bottom=0)
     else:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(_decimal)
+        axis.yaxis.set_minor_formatter(_decimal)
+
+
+def _decimal(value: float, place: int) -> str:
+    """Labels of a logarithmic axis: 1, 2 and 5 times a power of 10, written out."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
 def draw(records: list[Record], quantity: str, title: str, path: Path) -> list[Path]:
@@ -152,7 +159,8 @@ def main(arguments: list[str]) -> int:
         for (suite, machine, batch, nheads, head_dim, causal), family in families(records, quantity).items():
             first = family[0]
             shape = f"batch {batch}, {nheads} heads of {head_dim}{', causal' if causal else ''}"
-            title = f"{shape}\n{machine}, {first['threads']} threads, torch {first['torch']}, {first['commit']}"
+            threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
+            title = f"{shape}\n{machine}, {threads}\ntorch {first['torch']}, {first['commit']}"
             name = f"{suite}_B{batch}_H{nheads}_D{head_dim}{'_causal' if causal else ''}_{quantity}"
             written += draw(family, quantity, title, options.output / name)
     for file in written:

@@ -96,36 +96,35 @@ def tiled(config: Config, direction: Direction) -> Tiling:
     k = torch.empty(config.batch, config.seqlen_k, config.nheads_k, config.head_dim, dtype=dtype, device="meta")
     call = Call(Problem.of(q, k, k, None, causal=config.causal), None)
     chunk = next(call.chunks("forward" if direction == "forward" else "backward"))
-    size, tiles = call.dtype.itemsize, chunk.tiles
+    size = call.dtype.itemsize
+    tile_q, tile_k = min(chunk.tiles.queries, config.seqlen_q), min(chunk.tiles.keys, config.seqlen_k)
     queries = chunk.pairs * chunk.heads_per_key * config.seqlen_q  # rows of the chunk
-    rows = chunk.pairs * chunk.heads_per_key * tiles.queries  # of a tile
-    scratch: Bytes = {"queries": queries * config.head_dim * size, "scores": rows * tiles.keys * size}
+    rows = chunk.pairs * chunk.heads_per_key * tile_q  # of a tile
+    scratch: Bytes = {"queries": queries * config.head_dim * size, "scores": rows * tile_k * size}
     if direction == "forward":
-        view = tiles.queries >= config.seqlen_q and dtype == call.dtype and len(chunk.sequences) == 1
+        view = tile_q == config.seqlen_q and dtype == call.dtype and len(chunk.sequences) == 1
         for name in () if view else ("keys", "values"):
             scratch[name] = chunk.pairs * config.seqlen_k * config.head_dim * size
         scratch |= {"accumulator": rows * config.head_dim * size, "row_max": rows * size, "row_sum": rows * size}
     else:
         scratch |= dict.fromkeys(("dout", "out", "dq"), queries * config.head_dim * size)
         scratch |= dict.fromkeys(("lse", "delta"), queries * size)
-        scratch |= dict.fromkeys(("keys", "values", "dk", "dv"), chunk.pairs * tiles.keys * config.head_dim * size)
+        scratch |= dict.fromkeys(("keys", "values", "dk", "dv"), chunk.pairs * tile_k * config.head_dim * size)
         scratch["dprobs"] = scratch["scores"]
-    return Tiling(tiles.queries, tiles.keys, chunk.heads_per_key, size, scratch)
+    return Tiling(tile_q, tile_k, chunk.heads_per_key, size, scratch)
 
 
 # Another engine goes here: a function that says which tiles it takes, from its own table, and what scratch.
 ENGINES: dict[str, Callable[[Config, Direction], Tiling]] = {"tiled": tiled}
 
 
+INPUTS, GRADIENTS = ("q", "k", "v"), ("dout", "dq", "dk", "dv")
+
+
 def _tensors(config: Config) -> Bytes:
     side_q = config.rows * config.head_dim * config.itemsize
     side_k = config.batch * config.nheads_k * config.seqlen_k * config.head_dim * config.itemsize
-    return {"q": side_q, "k": side_k, "v": side_k, "out": side_q, "dout": side_q, "dq": side_q, "dk": side_k} | {
-        "dv": side_k
-    }
-
-
-INPUTS, GRADIENTS = ("q", "k", "v"), ("dout", "dq", "dk", "dv")
+    return dict.fromkeys(("q", "out", "dout", "dq"), side_q) | dict.fromkeys(("k", "v", "dk", "dv"), side_k)
 
 
 def _some(tensors: Bytes, *names: str) -> Bytes:
@@ -201,8 +200,10 @@ def ours_moved(config: Config, direction: Direction, engine: str = "tiled") -> B
     t, statistics = _tensors(config), config.rows * FP32
     forward = ENGINES[engine](config, "forward")
     loads = config.batch * config.nheads // forward.sharing * _visible_keys(config, forward.queries)
-    moved = {"q, out, lse": t["q"] + t["out"] + statistics, "k, v a query tile": loads * 2 * config.head_dim}
-    moved["k, v a query tile"] *= forward.copied
+    moved = {
+        "q, out, lse": t["q"] + t["out"] + statistics,
+        "k, v a query tile": loads * 2 * config.head_dim * forward.copied,
+    }
     if direction == "forward":
         return moved
     backward = ENGINES[engine](config, "training")
