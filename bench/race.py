@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -100,7 +101,7 @@ def race(
             outcomes[name] = Outcome(name, "mismatch", complaint)
             continue
         factors[name] = 1.0 if prepared.moves is None else case.key_bytes / prepared.moves
-        runs[name] = lambda prepared=prepared: results(prepared, direction, prepared.attend)
+        runs[name] = partial(results, prepared, direction, prepared.attend)
     timings = interleaved(runs, device, seconds, rounds, tick) if runs else {}
     for name, timing in timings.items():
         factor = factors[name]

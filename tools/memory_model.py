@@ -113,12 +113,14 @@ def plot(path: Path, config: Config, direction: Direction, figure_class: Any) ->
         axes[0].plot(lengths, [sum(kept(c, direction, name).values()) / GIB for c in configs], **style)
         axes[1].plot(lengths, [sum(moved(c, direction, name).values()) / GIB for c in configs], **style)
         axes[2].plot(lengths, [intensity(c, direction, name) for c in configs], **style)
-    for card, memory in CARDS.values():
+    for (card, memory), side in zip(CARDS.values(), ("bottom", "top"), strict=True):
         axes[0].axhline(memory / GIB, color="grey", linestyle="--", linewidth=0.8)
-        axes[0].annotate(card, (lengths[0], memory / GIB), fontsize=7, va="bottom", color="grey")
+        axes[0].annotate(card, (lengths[-1], memory / GIB), fontsize=7, ha="right", va=side, color="grey")
     for axis, title in zip(axes, ("memory (GiB)", "traffic (GiB)", "intensity (FLOP/B)"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="sequence length", ylabel=title)
+        axis.set(yscale="log", xlabel="sequence length", ylabel=title)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths[::2], [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths[::2]])
+        axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     shape = f"batch {config.batch}, {config.nheads} heads of {config.head_dim}, {config.dtype}"
