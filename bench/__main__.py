@@ -1,0 +1,145 @@
+"""The command `python -m bench`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import table
+from .peers import PEERS
+from .processes import first_use_records, memory_records
+from .progress import Progress
+from .race import race
+from .records import ROOT, Writer, circumstances, described, of_outcome
+from .suites import RACES, Entry, memory
+
+SUITES = (*RACES, "memory", "compile")
+RESULTS = ROOT / "bench" / "results"
+EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
+memory (peaks, each in a process of its own), compile (first use in a new process, cache cold and warm).
+`python -m bench plot [FILE ...]` draws the results. Without --quick the whole takes hours on two cores."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Speed and memory of compiled_fa beside every peer present; who computes it wrong is not timed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("suites", nargs="*", metavar="NAME", help=f"some of {', '.join(SUITES)}; none: all of them")
+    add("--quick", action="store_true", help="tiny cases and few rounds: to see that it works, not to be quoted")
+    add("--match", default="", metavar="TEXT", help="only cases whose label contains this, such as 'D64 fp32 causal'")
+    add("--peers", metavar="NAMES", help="only these peers, separated by commas; ours is always among them")
+    add("--seconds", type=float, default=5.0, help="about how long a case is timed (default: 5)")
+    add("--rounds", type=int, help="rounds of a case, in place of --seconds")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output", type=Path, metavar="FILE", help="JSON lines (default: bench/results/NAME.jsonl; parts: none)")
+    return parser
+
+
+def _chosen(entries: list[Entry], options: argparse.Namespace) -> list[Entry]:
+    found = []
+    for entry in entries:
+        if options.match not in entry.case.label:
+            continue
+        wanted = options.peers.split(",") if options.peers else entry.peers
+        peers = tuple(name for name in entry.peers if name == "ours" or name in wanted)
+        found.append(Entry(entry.case, peers, entry.directions))
+    return found
+
+
+def _race_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Records of a suite of races, its table printed as it grows."""
+    entries = _chosen(RACES[name](options.quick), options)
+    pairs = [(entry, direction) for entry in entries for direction in entry.directions]
+    if not pairs:
+        return
+    peers = list(dict.fromkeys(peer for entry in entries for peer in entry.peers))
+    able = [p for p in peers if any(PEERS[p].refusal(entry.case, way, device.type) is None for entry, way in pairs)]
+    print(table.header(able))
+    progress = Progress(len(pairs))
+    rounds = options.rounds or (3 if options.quick else None)
+    everything = []
+    for number, (entry, direction) in enumerate(pairs):
+        label = f"{entry.case.label}, {direction}"
+        progress.show(number, label)
+        outcomes = race(
+            entry.case,
+            direction,
+            entry.peers,
+            device,
+            options.seconds,
+            rounds,
+            lambda done, number=number, label=label: progress.show(number + done, label),
+        )
+        records = [described(entry.case, direction) | of_outcome(outcome) for outcome in outcomes]
+        progress.clear()
+        print(table.row([record for record in records if record["peer"] in able]), flush=True)
+        everything += records
+        yield from records
+    print(*table.notes(everything), sep="\n")
+
+
+def _process_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Records of a suite whose every measurement is a process."""
+    if name == "memory":
+        entries = _chosen(memory(options.quick), options)
+        total = sum(len(entry.directions) * len(entry.peers) for entry in entries)
+        records, line, head = memory_records(entries, device), table.memory_row, table.MEMORY_HEADER
+    else:
+        total = 4 if options.quick else 6
+        records, line, head = first_use_records(options.quick), table.first_use_row, table.FIRST_USE_HEADER
+    print(head)
+    progress = Progress(total)
+    progress.show(0, name)
+    for number, record in enumerate(records, 1):
+        progress.clear()
+        print(line(record), flush=True)
+        progress.show(number, name)
+        yield record
+    progress.clear()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """-> exit status: 1 when a peer, or ours, was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["plot"]:
+        from . import plot
+
+        return plot.main(arguments[1:])
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.suites if name not in SUITES]:
+        parser.error(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    device = torch.device(options.device)
+    command = shlex.join(["python", "-m", "bench", *arguments])
+    whole = not (options.quick or options.match or options.peers)
+    known = circumstances(device)
+    wrong = False
+    print(", ".join(f"{name} {value}" for name, value in known.items()))
+    shared = Writer(options.output, command) if options.output else None
+    for name in options.suites or SUITES:
+        print(f"\n{name}")
+        records = (_race_suite if name in RACES else _process_suite)(name, options, device)
+        writer = shared or Writer(RESULTS / f"{name}.jsonl" if whole else None, command)
+        for record in records:
+            wrong |= record["status"] == "mismatch"
+            writer.write({**known, "suite": name, **record})
+        if writer is not shared:
+            writer.close()
+    if shared is not None:
+        shared.close()
+    print("\nColumns '/ peer' are ours / peer: below 1, ours is faster.")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""Who is timed: every way to compute a case that this machine has. One dictionary, `PEERS`, names them all."""
+
+from . import flex, installed, naive, ours, ragged, sdpa
+from .base import Peer, Prepared
+
+PEERS: dict[str, Peer] = {
+    "ours": ours.OURS,
+    "ours dense": ours.OURS_DENSE,
+    "naive": naive.NAIVE,
+    "SDPA": sdpa.SDPA,
+    "SDPA padded": ragged.PADDED,
+    "SDPA loop": ragged.LOOP,
+    "nested": ragged.NESTED,
+    "flex": flex.FLEX,
+    "flash_attn": installed.FLASH_ATTN,
+    "xformers": installed.XFORMERS,
+    "turing": installed.TURING,
+    "copy": sdpa.COPY,
+}
+
+__all__ = ["PEERS", "Peer", "Prepared"]

@@ -1,0 +1,89 @@
+"""compiled_fa, called as its users call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_fa import flash_attn_func, flash_attn_varlen_func
+
+from ..cases import Case, Direction, Inputs
+from .base import Peer, Prepared, dense, packed
+
+
+def _options(inputs: Inputs) -> dict[str, Any]:
+    case = inputs.case
+    return {
+        "causal": case.causal,
+        "window_size": case.window_size,
+        "softcap": case.softcap,
+        "alibi_slopes": inputs.alibi_slopes,
+    }
+
+
+def _refusal(case: Case, direction: Direction, device_type: str) -> str | None:
+    if case.page_size and direction != "forward":
+        return "no gradients of paged keys"
+    if case.varlen and case.dropout_p:
+        return "no suite has varlen with dropout"
+    return None
+
+
+def _prepare(inputs: Inputs) -> Prepared:
+    if inputs.case.page_size:
+        return _paged(inputs)
+    return _varlen(inputs) if inputs.case.varlen else _dense(inputs)
+
+
+def _dense(inputs: Inputs) -> Prepared:
+    case, options = inputs.case, _options(inputs)
+    if not case.dropout_p:
+        return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, **options))
+    seed = torch.tensor([2026], device=inputs.device)
+
+    def checked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The op below flash_attn_func, which would draw a seed that nobody knows."""
+        left, right = options["window_size"]
+        others = {name: value for name, value in options.items() if name != "window_size"}
+        out, _ = torch.ops.compiled_fa.attention(
+            q, k, v, window_left=left, window_right=right, dropout_p=case.dropout_p, dropout_seed=seed, **others
+        )
+        return out
+
+    return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, case.dropout_p, **options), checked, seed)
+
+
+def _varlen(inputs: Inputs) -> Prepared:
+    case, options = inputs.case, _options(inputs)
+    packing = inputs.cu_seqlens_q, inputs.cu_seqlens_k, case.max_seqlen_q, case.max_seqlen_k
+    return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *packing, **options))
+
+
+def _paged(inputs: Inputs) -> Prepared:
+    """Keys and values in pages that lie in random order, as in a cache that has been in use for a while."""
+    case, options = inputs.case, _options(inputs)
+    pages = -(-case.max_seqlen_k // case.page_size)
+    generator = torch.Generator(inputs.device).manual_seed(0)
+    order = torch.randperm(case.batch * pages, generator=generator, device=inputs.device)
+    block_table = order.to(torch.int32).view(case.batch, pages)
+
+    def cache(rows: Tensor) -> Tensor:
+        padded = rows.new_zeros(case.batch, pages * case.page_size, *rows.shape[1:])
+        padded[:, : case.max_seqlen_k] = inputs.batched(rows)
+        blocks = padded.view(-1, case.page_size, *rows.shape[1:])
+        return torch.empty_like(blocks).index_copy_(0, order, blocks)
+
+    packing = inputs.cu_seqlens_q, inputs.cu_seqlens_k, case.max_seqlen_q, case.max_seqlen_k
+    leaves = inputs.q, cache(inputs.k), cache(inputs.v)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_varlen_func(q, k, v, *packing, **options, block_table=block_table)
+
+    return Prepared(leaves, attend, inputs.dout, lambda out: out)
+
+
+OURS = Peer(_refusal, _prepare)
+# What pages cost: the same case with its keys and values in one piece.
+OURS_DENSE = Peer(lambda case, direction, device: None if case.page_size else "for paged cases", _dense)

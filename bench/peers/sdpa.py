@@ -1,0 +1,69 @@
+"""F.scaled_dot_product_attention on the same tensors, transposed; and the bandwidth of a copy, for decoding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cases import Case, Direction, Inputs
+from .base import Peer, Prepared, dense
+
+LARGEST_MASK = 2 << 30  # bytes of a mask or bias
+COPIED = 128 << 20  # bytes of the large copy: read once and written once
+
+
+def _refusal(case: Case, direction: Direction, device_type: str) -> str | None:
+    if case.varlen:
+        return "see SDPA padded and SDPA loop"
+    if case.softcap:
+        return "has no softcap"
+    seqlen_q, seqlen_k = case.lengths[0]
+    itemsize = getattr(torch, case.dtype).itemsize
+    if case.alibi and case.nheads * seqlen_q * seqlen_k * itemsize > LARGEST_MASK:
+        return "its bias would be too large"
+    if not _plain(case) and seqlen_q * seqlen_k > LARGEST_MASK:
+        return "its mask would be too large"
+    return None
+
+
+def _plain(case: Case) -> bool:
+    """Without a mask: is_causal says it, which SDPA aligns to the top left."""
+    seqlen_q, seqlen_k = case.lengths[0]
+    only_causal = case.causal and case.window_size == (-1, -1)
+    return not case.alibi and (not case.banded or (only_causal and seqlen_q == seqlen_k))
+
+
+def _mask(inputs: Inputs) -> Tensor | None:
+    if _plain(inputs.case):
+        return None
+    visible, bias = inputs.visible(*inputs.case.lengths[0]), inputs.bias(*inputs.case.lengths[0])
+    if bias is None:
+        return visible
+    return bias if visible is None else bias.masked_fill_(~visible, float("-inf"))
+
+
+def _prepare(inputs: Inputs) -> Prepared:
+    case, mask = inputs.case, _mask(inputs)
+    is_causal, gqa = case.causal and mask is None, case.heads_per_key > 1
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=gqa)
+        return out.transpose(1, 2)
+
+    checked = (lambda q, k, v: attend(q, k, v, 0.0)) if case.dropout_p else None
+    return dense(inputs, lambda q, k, v: attend(q, k, v, case.dropout_p), checked)
+
+
+def _prepare_copy(inputs: Inputs) -> Prepared:
+    """Moves COPIED bytes twice, and computes nothing: race.py scales its time to the bytes of the case's keys."""
+    source = torch.zeros(COPIED, dtype=torch.uint8, device=inputs.device)
+    target = torch.zeros_like(source)
+    prepared = dense(inputs, lambda q, k, v: target.copy_(source))
+    prepared.moves = 2 * COPIED
+    return prepared
+
+
+SDPA = Peer(_refusal, _prepare)
+COPY = Peer(lambda case, direction, device: None if case.max_seqlen_q == 1 else "for decoding", _prepare_copy)

@@ -1,0 +1,125 @@
+"""The suites: which cases, in which directions, against whom. Every case comes small too, for --quick.
+
+The cases are those of which README.md and bench/NOTES.md speak, so that their ratios can be read off the tables.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .cases import Case, Direction
+
+FORWARD: tuple[Direction, ...] = ("forward",)
+BOTH: tuple[Direction, ...] = ("forward", "forward+backward")
+DTYPES = ("float32", "bfloat16", "float16")
+GPU_PACKAGES = ("flash_attn", "xformers", "turing")
+DENSE_PEERS = ("ours", "naive", "SDPA", "flex", *GPU_PACKAGES)
+VARLEN_PEERS = ("ours", "SDPA padded", "SDPA loop", "nested", "flex", *GPU_PACKAGES)
+DECODE_PEERS = ("ours", "ours dense", "SDPA", "copy", "flex", *GPU_PACKAGES)
+
+
+@dataclass(frozen=True)
+class Entry:
+    case: Case
+    peers: tuple[str, ...] = DENSE_PEERS
+    directions: tuple[Direction, ...] = BOTH
+
+
+def _options(**choices: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Every combination of the choices, the last changing fastest."""
+    found: list[dict[str, Any]] = [{}]
+    for name, values in choices.items():
+        found = [{**options, name: value} for options in found for value in values]
+    return found
+
+
+def dense(quick: bool) -> list[Entry]:
+    """Dtypes, head_dims and lengths, causal or not; and 32 query heads on 8 key heads."""
+    lengths = (64, 160) if quick else (512, 1024, 2048, 4096, 8192)
+    dtypes = DTYPES[:2] if quick else DTYPES
+    shapes = _options(dtype=dtypes, head_dim=(64,) if quick else (64, 128), causal=(False, True))
+    entries = [Entry(Case.dense(length, **options)) for options in shapes for length in lengths]
+    grouped = _options(dtype=dtypes[:1] if quick else dtypes, causal=(False, True))
+    for options in grouped:
+        for length in lengths[:1] if quick else (1024, 2048, 4096):
+            entries.append(Entry(Case.dense(length, nheads=32, nheads_k=8, **options)))
+    return entries
+
+
+def varlen(quick: bool) -> list[Entry]:
+    """64 sequences of 64 to 1024 tokens; 2,000 of 1 to 64."""
+    drawn = random.Random(0)
+    some = [drawn.randint(5, 80) if quick else drawn.randint(64, 1024) for _ in range(5 if quick else 64)]
+    many = [drawn.randint(1, 64) for _ in range(12 if quick else 2000)]
+    options = _options(dtype=DTYPES[:1] if quick else DTYPES, causal=(False, True))
+    return [Entry(Case.packed(lengths, **o), VARLEN_PEERS) for lengths in (some, many) for o in options]
+
+
+def variants(quick: bool) -> list[Entry]:
+    """Window, ALiBi, softcap, dropout: where SDPA needs a mask, or has nothing."""
+    long, medium, short = (192, 128, 96) if quick else (8192, 4096, 2048)
+    window = 16 if quick else 512
+    entries = []
+    for dtype in DTYPES[:1] if quick else DTYPES:
+        entries.append(Entry(Case.dense(long, dtype=dtype, window_size=(window, 0))))
+        for causal in (False, True):
+            entries.append(Entry(Case.dense(medium, dtype=dtype, causal=causal, alibi=True)))
+            entries.append(Entry(Case.dense(medium, dtype=dtype, causal=causal, softcap=30.0)))
+        entries.append(Entry(Case.dense(short, dtype=dtype, dropout_p=0.1)))
+    return entries
+
+
+def decode(quick: bool) -> list[Entry]:
+    """One query a sequence, 16 query heads on 4 key heads, its cache in one piece or in pages.
+
+    `copy` is the time in which a large copy moves as many bytes as k and v have: at 60 % of its bandwidth, ours / copy
+    is 1.67.
+    """
+    entries = []
+    for dtype in DTYPES[:1] if quick else DTYPES[:2]:
+        for cache in (100,) if quick else (1024, 4096, 16384, 65536):
+            for batch in (2,) if quick else (1, 4, 16):
+                case = Case(((1, cache),) * batch, nheads=16, nheads_k=4, dtype=dtype)
+                for page_size in (0, 32 if quick else 256):
+                    entries.append(Entry(replace(case, page_size=page_size), DECODE_PEERS, FORWARD))
+    return entries
+
+
+def short(quick: bool) -> list[Entry]:
+    """Lengths where the call costs more than the arithmetic, eager and inside torch.compile'd code."""
+    entries = []
+    for options in _options(compiled=(False, True), dtype=DTYPES[:1] if quick else DTYPES):
+        for length in (33,) if quick else (64, 128, 256):
+            for batch in (1,) if quick else (1, 8):
+                directions = BOTH if options["compiled"] else FORWARD
+                entries.append(Entry(Case.dense(length, batch, **options), directions=directions))
+    return entries
+
+
+def scale(quick: bool) -> list[Entry]:
+    """One causal head: the time of a useful score must not grow with the length."""
+    lengths = (64, 256) if quick else (4096, 16384, 65536)
+    return [Entry(Case.dense(n, nheads=1, nheads_k=1, causal=True), ("ours", "SDPA", *GPU_PACKAGES)) for n in lengths]
+
+
+def memory(quick: bool) -> list[Entry]:
+    """Peaks beside inputs. The last case, one head at 262,144, is the scale that a score matrix forbids."""
+    lengths = (512, 1024) if quick else (1024, 2048, 4096, 8192, 16384, 32768)
+    peers = ("ours", "naive", "SDPA")
+    entries = [Entry(Case.dense(n, causal=True), peers) for n in lengths]
+    if not quick:
+        entries.append(Entry(Case.dense(262144, nheads=1, nheads_k=1, causal=True), ("ours",), BOTH[1:]))
+    return entries
+
+
+RACES: dict[str, Callable[[bool], list[Entry]]] = {
+    "dense": dense,
+    "varlen": varlen,
+    "variants": variants,
+    "decode": decode,
+    "short": short,
+    "scale": scale,
+}

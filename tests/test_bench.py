@@ -1,0 +1,237 @@
+"""python -m bench: its cases are right, a peer that is wrong is noticed and not timed, records and figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import first_use, peers, plot, processes, records
+from bench.cases import Case, Inputs
+from bench.peers import Peer
+from bench.race import race
+from bench.suites import BOTH, RACES, memory
+from bench.timing import Timing
+from compiled_fa.check.naive import naive_attention
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+COMPILERS = ("flex",)  # peers that take seconds to compile; one case of theirs is tested by itself
+
+
+def run(case: Case, direction: str = "forward", names: tuple[str, ...] = ("ours",)) -> dict[str, Any]:
+    return {outcome.peer: outcome for outcome in race(case, direction, names, CPU, rounds=1)}
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_every_peer_computes_every_quick_case(name):
+    for entry in RACES[name](True):
+        if entry.case.compiled:
+            continue  # below
+        for direction in entry.directions:
+            chosen = tuple(peer for peer in entry.peers if peer not in COMPILERS)
+            outcomes = run(entry.case, direction, chosen)
+            assert outcomes["ours"].status == "timed", outcomes["ours"]
+            for outcome in outcomes.values():
+                assert outcome.status in ("timed", "refused"), (entry.case.label, outcome)
+                assert outcome.status == "timed" or outcome.reason
+
+
+def test_compiled_case():
+    outcomes = run(Case.dense(33, compiled=True), "forward+backward", ("ours", "SDPA", "naive"))
+    assert {outcome.status for outcome in outcomes.values()} == {"timed"}, outcomes
+
+
+def test_flex_with_mask_and_scores():
+    case = Case.packed([7, 30, 12], nheads=2, nheads_k=1, head_dim=16, causal=True, softcap=3.0)
+    outcomes = run(case, names=("ours", "flex"))
+    assert outcomes["flex"].status == "timed", outcomes["flex"]
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_full_suites_name_each_case_once_and_known_peers(name):
+    entries = RACES[name](False)
+    labels = [entry.case.label for entry in entries]
+    assert len(set(labels)) == len(labels)
+    assert len(entries) >= len(RACES[name](True))
+    for entry in entries:
+        assert set(entry.peers) <= set(peers.PEERS)
+        assert entry.peers[0] == "ours"
+        assert Case.from_json(json.loads(json.dumps(entry.case.to_json()))) == entry.case
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [
+        (lambda q, k, v: 1.001 * torch.nn.functional.scaled_dot_product_attention(q, k, v), "mismatch"),
+        (lambda q, k, v: torch.full_like(q, torch.nan), "mismatch"),
+        (lambda q, k, v: q @ v[..., :1, :], "unable"),
+    ],
+    ids=["0.1 % too large", "nan", "raises"],
+)
+def test_a_wrong_peer_is_reported_and_not_timed(monkeypatch, capsys, wrong, status):
+    def attend(q, k, v):
+        return wrong(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    planted = Peer(lambda *_: None, lambda inputs: peers.base.dense(inputs, attend))
+    monkeypatch.setitem(peers.PEERS, "SDPA", planted)
+    outcome = run(Case.dense(64), names=("ours", "SDPA"))["SDPA"]
+    assert outcome.status == status
+    assert outcome.timing is None
+    assert outcome.reason
+    code = command.main(["dense", "--quick", "--match", "N64 H8 D64 fp32", "--peers", "SDPA", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert code == (1 if status == "mismatch" else 0)
+    assert ("WRONG" if status == "mismatch" else "fails") in printed
+    assert f"{status}: SDPA, " in printed
+
+
+def test_wrong_gradients_alone_are_noticed(monkeypatch):
+    def attend(q, k, v):
+        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k.detach(), v)))
+        return out.transpose(1, 2) + 0.0 * k
+
+    monkeypatch.setitem(peers.PEERS, "SDPA", Peer(lambda *_: None, lambda inputs: peers.base.dense(inputs, attend)))
+    assert run(Case.dense(64), "forward", ("SDPA",))["SDPA"].status == "timed"
+    outcome = run(Case.dense(64), "forward+backward", ("SDPA",))["SDPA"]
+    assert outcome.status == "mismatch"
+    assert outcome.reason.startswith("dk")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_case_too_large_for_float64_is_sampled_by_its_last_rows(monkeypatch, causal):
+    monkeypatch.setattr("bench.parity.LARGEST_SAMPLE", 1)
+    case = Case.dense(200, nheads=2, nheads_k=1, causal=causal)
+    for direction in BOTH:
+        assert run(case, direction, ("ours", "SDPA"))["SDPA"].status == "timed"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case.dense(9),
+        Case.dense(9, causal=True),
+        Case.dense(20, window_size=(3, 0)),
+        Case.dense(20, window_size=(3, 5), nheads_k=4),
+        Case(((5, 9), (0, 3), (9, 5)), varlen=True, causal=True),
+        Case(((1, 40),) * 3, causal=True),
+    ],
+    ids=lambda case: case.label,
+)
+def test_useful_scores_are_those_that_the_mask_leaves(case):
+    inputs = Inputs(case, CPU)
+    seen = 0
+    for seqlen_q, seqlen_k in case.lengths:
+        mask = inputs.visible(seqlen_q, seqlen_k)
+        seen += seqlen_q * seqlen_k if mask is None else int(mask.sum())
+    assert case.useful_scores == case.nheads * seen
+
+
+def test_the_naive_peer_is_naive_attention():
+    """With every feature that a case may have; the reference of parity is the other one of them."""
+    case = Case.dense(40, batch=2, nheads=4, nheads_k=2, window_size=(9, 2), softcap=2.0, alibi=True, dtype="float64")
+    inputs = Inputs(case, CPU)
+    q, k, v = (inputs.batched(x) for x in (inputs.q, inputs.k, inputs.v))
+    expected, _ = naive_attention(q, k, v, window_size=(9, 2), softcap=2.0, alibi_slopes=inputs.alibi_slopes)
+    torch.testing.assert_close(peers.PEERS["naive"].prepare(inputs).attend(q, k, v), expected)
+
+
+def test_median_and_interquartile_range():
+    assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Timing(3.0, 2.0, 5)
+    assert Timing.of([7.0]) == Timing(7.0, 0.0, 1)
+
+
+def test_command_writes_records_that_can_be_read(tmp_path, capsys):
+    file = tmp_path / "records.jsonl"
+    arguments = ["dense", "scale", "--quick", "--match", "N64 ", "--peers", "SDPA,naive", "--rounds", "2"]
+    assert command.main([*arguments, "--output", str(file)]) == 0
+    printed = capsys.readouterr()
+    assert "/ SDPA" in printed.out
+    assert printed.err == ""  # no progress bar without a terminal
+    first = json.loads(file.read_text().splitlines()[0])
+    assert first == {"command": f"python -m bench {' '.join(arguments[:4])} 'N64 ' {' '.join(arguments[5:])}"
+                     f" --output {file}"}  # fmt: skip
+    found = records.read([file])
+    assert {record["suite"] for record in found} == {"dense", "scale"}
+    assert {record["peer"] for record in found} == {"ours", "SDPA", "naive"}
+    for record in found:
+        identity = ("commit", "torch", "triton", "python", "machine", "threads", "time", "case", "shape", "dtype")
+        assert set(identity) <= set(record)
+        assert record["status"] == "timed"
+        assert record["median_s"] > 0
+        assert record["iqr_s"] >= 0
+        assert record["rounds"] == 2
+        assert record["tflops"] > 0
+
+
+def test_unknown_suites_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["nonsense"])
+    assert "memory, compile" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a CPU process: Linux only")
+def test_peak_memory_of_a_process_of_its_own():
+    case = replace(memory(True)[0].case, causal=False)
+    assert processes.peak_memory(replace(case, varlen=True), "forward", "naive", CPU)["status"] == "refused"
+    found = processes.peak_memory(case, "forward", "naive", CPU)
+    scores = case.score_elements * 4
+    assert found["status"] == "timed", found
+    assert found["results_bytes"] == 512 * 8 * 64 * 4
+    assert 1.5 * scores < found["extra_bytes"] < 4 * scores  # scores and probabilities
+
+
+def test_first_use_in_a_new_process():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    called = [sys.executable, "-m", "bench.first_use", "ours"]
+    done = subprocess.run(called, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    found = json.loads(done.stdout)
+    assert found["total_s"] >= found["import_torch_s"] + found["first_call_s"] > 0
+    with pytest.raises(SystemExit, match="peer must be"):
+        first_use.main("nobody")
+
+
+def synthetic() -> list[dict[str, Any]]:
+    """Records as `python -m bench dense memory` would write them."""
+    found = []
+    identity = records.circumstances(CPU)
+    for seqlen in (512, 1024, 2048):
+        case = Case.dense(seqlen, causal=True)
+        for direction in BOTH:
+            for peer, factor in (("ours", 1.0), ("naive", 6.0)):
+                seconds = factor * case.flops(direction) / 2e11
+                common = identity | records.described(case, direction) | {"peer": peer, "status": "timed"}
+                speed = {"median_s": seconds, "iqr_s": seconds / 10, "rounds": 5, "tflops": 0.2 / factor}
+                found.append(common | {"suite": "dense"} | speed)
+                found.append(common | {"suite": "memory", "peak_bytes": seqlen * int(1000 * factor)})
+    return found
+
+
+def test_plot_writes_png_and_svg_of_time_tflops_and_memory(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "records.jsonl"
+    with_command = [{"command": "python -m bench"}, *synthetic()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in with_command))
+    assert plot.main([str(file), "--output", str(tmp_path / "figures")]) == 0
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    shape = "B1_H8_D64_causal"
+    stems = (f"dense_{shape}_time", f"dense_{shape}_tflops", f"memory_{shape}_memory")
+    assert names == {stem + kind for stem in stems for kind in (".png", ".svg")}
+    svg = (tmp_path / "figures" / f"dense_{shape}_time.svg").read_text()
+    assert all(text in svg for text in ("sequence length", "time (ms)", "ours", "naive", "forward+backward, fp32"))
+    assert plot.main([str(file), "--output", str(tmp_path / "figures")]) == 0  # again, over what is there
+
+
+def test_plot_without_matplotlib_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        plot.main([])
+    assert "compiled-fa[plots]" in capsys.readouterr().err
