@@ -3,7 +3,9 @@
     interface.py      the six functions: what people call
     ops.py            torch.ops.compiled_fa.*: what torch.compile and autograd see
     validation.py     every check of an argument
-    engines/          who computes: tiled (any device), ...
+    engines/          who computes: tiled (any device), fused (one Triton kernel each way, on CUDA)
+    inductor.py       graphs compiled by Inductor and called without guards
+    turing/           tensor cores on Turing for every Triton kernel of the process
     scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
 
 Shape letters, here and everywhere: B batch, Sq and Sk lengths, H and Hk query and key heads, D head_dim, Dv head_dim of
