@@ -22,7 +22,8 @@ from .suites import RACES, Entry, memory
 SUITES = (*RACES, "memory", "compile")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
-memory (peaks, each in a process of its own), compile (first use in a new process, cache cold and warm).
+published (the shapes of flash-attention's README, for a GPU), memory (peaks, each in a process of its own), compile
+(first use in a new process, cache cold and warm).
 `python -m bench plot [FILE ...]` draws the results. Without --quick the whole takes hours on two cores."""
 
 

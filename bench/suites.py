@@ -16,6 +16,7 @@ FORWARD: tuple[Direction, ...] = ("forward",)
 BOTH: tuple[Direction, ...] = ("forward", "forward+backward")
 DTYPES = ("float32", "bfloat16", "float16")
 GPU_PACKAGES = ("flash_attn", "xformers", "turing")
+SDPA_BACKENDS = ("SDPA flash", "SDPA efficient", "SDPA cuDNN", "SDPA math")
 DENSE_PEERS = ("ours", "naive", "SDPA", "flex", *GPU_PACKAGES)
 VARLEN_PEERS = ("ours", "SDPA padded", "SDPA loop", "nested", "flex", *GPU_PACKAGES)
 DECODE_PEERS = ("ours", "ours dense", "SDPA", "copy", "flex", *GPU_PACKAGES)
@@ -105,6 +106,19 @@ def scale(quick: bool) -> list[Entry]:
     return [Entry(Case.dense(n, nheads=1, nheads_k=1, causal=True), ("ours", "SDPA", *GPU_PACKAGES)) for n in lengths]
 
 
+def published(quick: bool) -> list[Entry]:
+    """The shapes of flash-attention's README, for a GPU: hidden size 2048, 16k tokens, 512 to 16k a sequence."""
+    lengths = (64, 128) if quick else (512, 1024, 2048, 4096, 8192, 16384)
+    tokens, hidden = (128, 128) if quick else (16384, 2048)
+    entries = []
+    for options in _options(head_dim=(64, 128), causal=(False, True)):
+        heads = hidden // options["head_dim"]
+        for n in lengths:
+            case = Case.dense(n, tokens // n, nheads=heads, nheads_k=heads, dtype="float16", **options)
+            entries.append(Entry(case, (*DENSE_PEERS[:4], *SDPA_BACKENDS, *GPU_PACKAGES)))
+    return entries
+
+
 def memory(quick: bool) -> list[Entry]:
     """Peaks beside inputs. The last case, one head at 262,144, is the scale that a score matrix forbids."""
     lengths = (512, 1024) if quick else (1024, 2048, 4096, 8192, 16384, 32768)
@@ -122,4 +136,5 @@ RACES: dict[str, Callable[[bool], list[Entry]]] = {
     "decode": decode,
     "short": short,
     "scale": scale,
+    "published": published,
 }

@@ -1,5 +1,7 @@
 """Who is timed: every way to compute a case that this machine has. One dictionary, `PEERS`, names them all."""
 
+from torch.nn.attention import SDPBackend
+
 from . import flex, installed, naive, ours, ragged, sdpa
 from .base import Peer, Prepared
 
@@ -8,6 +10,10 @@ PEERS: dict[str, Peer] = {
     "ours dense": ours.OURS_DENSE,
     "naive": naive.NAIVE,
     "SDPA": sdpa.SDPA,
+    "SDPA flash": sdpa.on_backend(SDPBackend.FLASH_ATTENTION),
+    "SDPA efficient": sdpa.on_backend(SDPBackend.EFFICIENT_ATTENTION),
+    "SDPA cuDNN": sdpa.on_backend(SDPBackend.CUDNN_ATTENTION),
+    "SDPA math": sdpa.on_backend(SDPBackend.MATH),
     "SDPA padded": ragged.PADDED,
     "SDPA loop": ragged.LOOP,
     "nested": ragged.NESTED,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cases import Case, Direction, Inputs
 from .base import Peer, Prepared, dense
@@ -63,6 +66,24 @@ def _prepare_copy(inputs: Inputs) -> Prepared:
     prepared = dense(inputs, lambda q, k, v: target.copy_(source))
     prepared.moves = 2 * COPIED
     return prepared
+
+
+def on_backend(backend: SDPBackend) -> Peer:
+    """SDPA made to use one of its kernels; on a GPU only, where it has several to choose from."""
+
+    def refusal(case: Case, direction: Direction, device_type: str) -> str | None:
+        return "on a GPU only" if device_type != "cuda" else _refusal(case, direction, device_type)
+
+    def prepare(inputs: Inputs) -> Prepared:
+        prepared = _prepare(inputs)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return prepared.attend(q, k, v)
+
+        return replace(prepared, attend=attend)
+
+    return Peer(refusal, prepare)
 
 
 SDPA = Peer(_refusal, _prepare)

@@ -72,7 +72,8 @@ class DenseLayout(Layout):
         batch = torch.arange(problem.batch, dtype=torch.int32, device=problem.q.device)[:, None, None]
         q_idx = torch.arange(seqlen_q, dtype=torch.int32, device=problem.q.device)
         self.features, self.buffers = _features(problem, False, square, batch, q_idx)
-        self.structure = _dense_structure(problem.window, seqlen_q, seqlen_k, problem.q.device)
+        make = _dense_structure if _on_default_stream(problem.q.device) else _dense_structure.__wrapped__
+        self.structure = make(problem.window, seqlen_q, seqlen_k, problem.q.device)
         self.divisible = seqlen_q % BLOCK == 0 and seqlen_k % BLOCK == 0
         if not square:
             self.buffers["shift"] = torch.full((), seqlen_k - seqlen_q, dtype=torch.int32, device=problem.q.device)
@@ -88,6 +89,11 @@ class DenseLayout(Layout):
 
     def store_keys(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).contiguous()
+
+
+def _on_default_stream(device: torch.device) -> bool:
+    """Only there structures are cached: another stream would not wait for them, and a CUDA graph owns what it makes."""
+    return device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 @functools.lru_cache(maxsize=256)
