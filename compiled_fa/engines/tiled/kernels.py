@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class Features:
         return not (self.softcap or self.alibi or self.dropout)
 
 
+Kernel = Callable[[Features], Compiled | None]
+
+
 class Kernels:
     """softmax_step and gradient_step of steps.py for one call's score program."""
 
@@ -45,6 +48,7 @@ class Kernels:
         self._dtype = dtype
         self._may_compile = device.type == "cpu"
         self._numbers: list[Tensor] | None = None
+        self._found: dict[tuple[Kernel, bool], Compiled | None] = {}
 
     def softmax_step(
         self, scores: Tensor, row_max: Tensor, row_sum: Tensor, accumulator: Tensor, indices: Indices, masked: bool
@@ -64,9 +68,15 @@ class Kernels:
         else:
             steps.gradient_step(scores, dprobs, lse, delta, indices, self._program, masked, self._keep_probability)
 
-    def _compiled(self, kernel: Callable[[Features], Compiled | None], masked: bool) -> Compiled | None:
+    def _compiled(self, kernel: Kernel, masked: bool) -> Compiled | None:
+        """Machine code for this call's features, looked up once a call; None: run the step eagerly."""
         if not self._may_compile:
             return None
+        if (kernel, masked) not in self._found:
+            self._found[kernel, masked] = kernel(self._features(masked))
+        return self._found[kernel, masked]
+
+    def _features(self, masked: bool) -> Features:
         program = self._program
         features = Features(
             program.softcap is not None,
@@ -76,7 +86,7 @@ class Kernels:
             self._dtype,
         )
         # Masks cost little beside softcap, ALiBi or dropout: only plain scores have code without them, too.
-        return kernel(Features(False, False, False, masked, self._dtype) if features.plain else features)
+        return replace(features, masked=masked) if features.plain else features
 
     def _arguments(self) -> list[Tensor]:
         """The score program's numbers as tensors, in the order in which `_rebuilt` takes them."""
