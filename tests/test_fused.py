@@ -258,6 +258,7 @@ def test_it_says_why_it_cannot_serve():
         ((7, 0), None, "needs compute capability 7.5, and this device has 7.0"),
         ((8, 0), {"dtype": torch.float64}, "these are fp64"),
         ((8, 0), {"head_dim": 300}, "head_dim up to 256, and this is 300"),
+        ((8, 0), {"meta": (2, 65536, 64, 128)}, "less than 2**30 elements, and this has 1073741824"),
         ((8, 0), {}, None),
         ((7, 5), {"dtype": torch.bfloat16}, None),
     ],
@@ -265,7 +266,12 @@ def test_it_says_why_it_cannot_serve():
 def test_reasons_on_a_gpu(monkeypatch, capability, problem, reason):
     pytest.importorskip("triton", reason="the fused engine needs Triton")
     monkeypatch.setattr(attention, "capability_of", lambda device: capability)
-    given_problem = make(Case(((4, 4),), True, **problem)).problem() if problem is not None else None
+    given_problem = None
+    if problem is not None and "meta" in problem:
+        q = torch.empty(problem["meta"], device="meta")
+        given_problem = Problem.of(q, q, q, None)
+    elif problem is not None:
+        given_problem = make(Case(((4, 4),), True, **problem)).problem()
     found = fused.why_not(torch.device("cuda"), given_problem)
     assert found is None if reason is None else reason in found
 

@@ -145,11 +145,14 @@ def padded(x: Tensor) -> Tensor:
 
 
 def canonical(x: Tensor) -> Tensor:
-    """(B, H, S, D) whose batch stride is S rows: what a kernel is compiled for. Views of dense and qkv-packed tensors
-    are; other ones are copied."""
+    """(B, H, S, D) as views of dense and qkv-packed tensors are: heads within a row, and S rows a batch; others are
+    copied.
+
+    That a kernel is compiled for, with the strides of rows and heads fixed in it: lengths are no part of them.
+    """
     batch, heads, rows, columns = x.shape
-    row, head = x.stride(2), x.stride(1)
-    if x.stride(3) == 1 and row > 0 and head > 0 and (batch == 1 or x.stride(0) == rows * row):
+    row, head = x.stride(2), x.stride(1) if heads > 1 else columns
+    if x.stride(3) == 1 and head >= columns and row >= heads * head and (batch == 1 or x.stride(0) == rows * row):
         return x.as_strided((batch, heads, rows, columns), (rows * row, head, row, 1))
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
