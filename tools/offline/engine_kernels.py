@@ -38,19 +38,19 @@ def _features(**changed: object) -> Features:
 _SCORES = {"softcap": 20.0, "alibi": True, "window": Window(100, 0)}
 _PACKED = {"packed": True, "square": False}
 
+PLAIN = "causal"
+EVERYTHING = "varlen + window + ALiBi + softcap + dropout"
 CLASSES = {
     "causal, multiples of 128": FeatureClass(_features(), divisible=True),
-    "causal": FeatureClass(_features()),
+    PLAIN: FeatureClass(_features()),
     "causal, GQA": FeatureClass(_features(), nheads_k=2),
     "rectangular": FeatureClass(_features(square=False)),
     "varlen": FeatureClass(_features(**_PACKED), divisible=True),
+    "varlen, GQA": FeatureClass(_features(**_PACKED), nheads_k=2, divisible=True),
     "varlen + window + ALiBi + softcap": FeatureClass(_features(**_PACKED, **_SCORES), divisible=True),
-    "varlen + window + ALiBi + softcap + dropout": FeatureClass(
-        _features(**_PACKED, **_SCORES, threshold=-5), divisible=True
-    ),
+    EVERYTHING: FeatureClass(_features(**_PACKED, **_SCORES, threshold=-5), divisible=True),
+    f"{EVERYTHING}, GQA": FeatureClass(_features(**_PACKED, **_SCORES, threshold=-5), nheads_k=2, divisible=True),
 }
-PLAIN = "causal"
-EVERYTHING = "varlen + window + ALiBi + softcap + dropout"
 
 
 @dataclasses.dataclass(frozen=True)
