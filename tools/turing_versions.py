@@ -22,20 +22,16 @@ TORCH = "2.13.0"
 TRITON = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 TEST_REQUIREMENTS = ("pytest", "hypothesis", "numpy")
 
-# Runs in each environment: the figures of flex_attention's kernels, with num_stages=2.
+# Runs in each environment: the figures of the fused engine's kernels.
 FIGURES = """
 import json
-from functools import partial
-from tests.turing.in_child import flex_kernel
-from tools.offline import flex_graphs, in_own_process
+from tools.offline import Kernel, in_own_process
+from tools.offline.engine_kernels import DIRECTIONS
+from tools.offline.figures import measure
 if __name__ == "__main__":
-    builds = {
-        "forward, head_dim 64, 64x64, 4 warps": partial(flex_graphs.forward, 64, 64, 64, 4, 2),
-        "forward, head_dim 128, 128x32, 8 warps": partial(flex_graphs.forward, 128, 128, 32, 8, 2),
-        "backward, head_dim 64, 32,64,64,32, 4 warps": partial(flex_graphs.backward, 64, 32, 64, 64, 32, 4, 2),
-        "backward, head_dim 128, 32,64,64,32, 8 warps": partial(flex_graphs.backward, 128, 32, 64, 64, 32, 8, 2),
-    }
-    print(json.dumps({name: in_own_process(flex_kernel, build)["turing"] for name, build in builds.items()}))
+    kernels = [Kernel(direction, head_dim, "causal") for direction in DIRECTIONS for head_dim in (64, 128)]
+    figures = {f"{k.direction}, {k.head_dim}": in_own_process(measure, k.spec, turing=True).as_dict() for k in kernels}
+    print(json.dumps(figures))
 """
 
 
@@ -74,7 +70,7 @@ def measure(python: pathlib.Path, folder: pathlib.Path) -> dict[str, object]:
         "skipped": int(suite["skipped"]),
         "failed": failed,
         "passed": tests.returncode == 0,
-        "flex_attention": json.loads(figures.stdout) if figures.returncode == 0 else None,
+        "engine": json.loads(figures.stdout) if figures.returncode == 0 else None,
     }
 
 
@@ -100,7 +96,7 @@ def main() -> int:
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(row["passed"] and row["flex_attention"] for row in rows) else 1
+    return 0 if all(row["passed"] and row["engine"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the tests of the Turing stage run in processes of their own: importable by name, with results that pickle."""
 
-import functools
+import dataclasses
 import glob
 import os
 import time
@@ -11,21 +11,29 @@ import torch
 import triton
 
 import compiled_fa.turing
-from tools.offline import capture, compile_source, fake_t4, flex_graphs
+from tools.offline import Kernel, capture, compile_spec, fake_t4
+from tools.offline.figures import Figures, figures_of
+from tools.offline.machine_code import inner_loops
 
-FORWARD = functools.partial(flex_graphs.forward, head_dim=64, block_m=64, block_n=32, num_warps=4, num_stages=2)
+FORWARD = Kernel("forward", 64, "causal", (("BLOCK_M", 64), ("BLOCK_N", 32), ("num_warps", 4), ("num_stages", 2)))
 
 
-def flex_kernel(build: Any) -> dict[str, Any]:
-    """Summaries of a graph's one kernel by stock Triton and by the stage, and the cycle bounds of the stage's loops."""
-    from tools.offline.machine_code import inner_loops
+@dataclasses.dataclass(frozen=True)
+class EngineKernel:
+    figures: Figures
+    barriers: list[int]  # an iteration of each loop over tiles
 
-    (source,) = capture(build)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # the stage falls back to less only with a warning
-        ours = compile_source(source, turing=True)
-    loops = [dict(loop.bounds) | {"barriers": loop.counts["BAR"]} for loop in inner_loops(ours.sass)]
-    return {"turing": ours.summary(), "loops": loops}
+
+def engine_kernels(kernels: list[Kernel]) -> list[EngineKernel]:
+    """Kernels of the fused engine with the stage, which must not fall back."""
+    found = []
+    for kernel in kernels:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # the stage falls back to less only with a warning
+            compiled = compile_spec(kernel.spec, turing=True)
+        loops = [loop for loop in inner_loops(compiled.sass) if loop.counts["HMMA"]]
+        found.append(EngineKernel(figures_of(kernel.spec, compiled), [loop.counts["BAR"] for loop in loops]))
+    return found
 
 
 def jit_cache() -> list[bool]:
@@ -51,11 +59,11 @@ def kernels_on_disk() -> list[bool]:
 
 
 def compile_workers(start_method: str) -> dict[str, Any]:
-    """One flex kernel through Inductor's pool of compile workers, with the stage and then without, by the same pool."""
+    """An attention kernel through Inductor's compile workers, with the stage and then without, by the same pool."""
     import torch._inductor.async_compile as async_compile
     from torch._inductor import config
 
-    (source,) = capture(FORWARD)
+    source = capture(FORWARD.spec)
     on_t4 = f"from tools.offline import fake_t4\nfake_t4.install()\n{source.text}"  # the workers run this too
     pids = []
     on_disk = []

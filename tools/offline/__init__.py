@@ -1,26 +1,26 @@
 """Compiles kernels for a Tesla T4 (sm_75) on a machine without a GPU, and reads their machine code.
 
-    import functools
-    from tools.offline import compile_graph, flex_graphs, in_own_process
+    from tools.offline import Kernel, compile_spec, in_own_process
 
-    build = functools.partial(flex_graphs.forward, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2)
-    ours, = in_own_process(compile_graph, build, turing=True)
+    ours = in_own_process(compile_spec, Kernel("forward", 64, "causal").spec, turing=True)
     print(ours.hmma, ours.spills, ours.registers, ours.shared)
 
-`build` is any function that returns (function, inputs), called where tensors on "cuda" are fake: the function's graph
-is what Inductor lowers. `compile_jit` does the same for a plain @triton.jit function. Nothing is ever launched.
+`compile_spec` compiles a kernel of the fused engine, `compile_jit` a plain @triton.jit function. Nothing is ever
+launched.
 """
 
 from tools.offline.compile import Compiled, KernelSource, compile_jit, compile_source
-from tools.offline.graphs import capture, compile_graph
+from tools.offline.engine import capture, compile_spec
+from tools.offline.engine_kernels import Kernel
 from tools.offline.process import in_own_process
 
 __all__ = [
     "Compiled",
+    "Kernel",
     "KernelSource",
     "capture",
-    "compile_graph",
     "compile_jit",
     "compile_source",
+    "compile_spec",
     "in_own_process",
 ]

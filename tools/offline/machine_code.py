@@ -87,6 +87,11 @@ class Loop:
         return cycles
 
     @property
+    def dot_instructions(self) -> int:
+        """Multiply-adds, on tensor cores or not."""
+        return sum(self.counts[opcode] for opcode in ("HMMA", "IMMA", "FFMA"))
+
+    @property
     def bound(self) -> str:
         """The unit that bounds the loop."""
         return max(UNITS, key=lambda unit: self.bounds[unit])

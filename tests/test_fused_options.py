@@ -1,0 +1,55 @@
+"""The fused engine's table of kernel options."""
+
+import itertools
+
+import pytest
+import torch
+
+from compiled_fa.engines.fused.mods import Features
+from compiled_fa.engines.fused.options import TURING, capability_of, options_for
+from compiled_fa.scores import Window
+
+PLAIN = Features(
+    softmax_scale=1.0, softcap=None, alibi=False, window=Window(None, 0), threshold=None, packed=False, square=True
+)
+
+
+def test_the_table_is_whole():
+    assert set(TURING) == set(
+        itertools.product(("forward", "backward"), (32, 64, 128, 256), ("dense", "packed", "many"))
+    )
+
+
+@pytest.mark.parametrize("key", TURING, ids=str)
+def test_tiles_are_what_the_template_takes(key):
+    sizes = dict(TURING[key])
+    assert all(128 % size == 0 and size >= 16 for name, size in sizes.items() if name.startswith("BLOCK"))
+    if key[0] == "backward":
+        assert sizes["BLOCK_N1"] % sizes["BLOCK_M1"] == 0
+        assert sizes["BLOCK_M2"] % sizes["BLOCK_N2"] == 0
+
+
+@pytest.mark.parametrize(("head_dim", "entry"), [(16, 32), (32, 32), (40, 64), (80, 128), (128, 128), (160, 256)])
+def test_the_next_head_dim_up_serves(head_dim, entry):
+    assert options_for("forward", head_dim, PLAIN, (7, 5)) == TURING["forward", entry, "dense"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "entry"),
+    [
+        ({"packed": True, "square": False}, "packed"),
+        ({"window": Window(64, 64)}, "dense"),
+        ({"softcap": 20.0}, "many"),
+        ({"alibi": True}, "many"),
+        ({"threshold": 0}, "many"),
+    ],
+    ids=str,
+)
+def test_features_choose(changed, entry):
+    features = Features(**{**vars(PLAIN), **changed})
+    assert options_for("backward", 64, features, (7, 5)) == TURING["backward", 64, entry]
+
+
+def test_inductor_chooses_for_newer_gpus():
+    for capability in ((8, 0), (9, 0), capability_of(torch.device("cpu"))):
+        assert options_for("forward", 64, PLAIN, capability) == ()

@@ -1,0 +1,63 @@
+"""The fused engine's kernels, with the options of its table, compiled for sm_75: what a Turing card would execute."""
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from tests.turing import in_child
+from tools.offline import Kernel, in_own_process
+from tools.offline.engine_kernels import DIRECTIONS, EVERYTHING
+from tools.offline.figures import SHARED
+
+HMMA = 8  # cycles of a HMMA.1688
+KERNELS = [Kernel(*names) for names in itertools.product(DIRECTIONS, (64, 128), ("causal", EVERYTHING))]
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k.direction} {k.head_dim} {k.features}")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Figures by kernel."""
+    return dict(zip(KERNELS, in_own_process(in_child.engine_kernels, KERNELS), strict=True))
+
+
+@each_kernel
+def test_all_multiply_adds_are_on_the_tensor_cores(kernels, kernel):
+    figures = kernels[kernel].figures
+    assert len(figures.loops) == (2 if kernel.direction == "forward" else 4)
+    for loop in figures.loops:
+        assert loop.cycles["tensor"] >= loop.ideal, loop
+    assert figures.hmma * HMMA == sum(loop.cycles["tensor"] for loop in figures.loops)
+
+
+@each_kernel
+def test_no_spills(kernels, kernel):
+    assert kernels[kernel].figures.spills == 0
+
+
+@each_kernel
+def test_a_block_fits_in_an_sm(kernels, kernel):
+    figures = kernels[kernel].figures
+    assert figures.shared <= SHARED
+    assert figures.blocks_per_sm >= 1
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for k in KERNELS if k.features == "causal"], ids=lambda k: f"{k.direction} {k.head_dim}"
+)
+def test_the_tensor_cores_bound_the_loops(kernels, kernel):
+    """Counting no multiply-add twice. At head_dim 128, larger backward tiles would spill, and these load more from
+    shared memory."""
+    share = 0.95 if kernel.direction == "forward" else 0.88 if kernel.head_dim < 128 else 0.82
+    assert kernels[kernel].figures.useful_share >= share
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [k for k in KERNELS if k.direction == "forward" and dict(k.spec.options)["num_stages"] > 1],
+    ids=lambda k: f"{k.head_dim} {k.features}",
+)
+def test_the_forward_loops_are_pipelined(kernels, kernel):
+    """One barrier after a tile is read, one after the next is stored; without the pipeline there are twelve."""
+    assert kernels[kernel].barriers == [2, 2]
