@@ -13,6 +13,7 @@ Private API: what that wrapper uses of PyTorch. Tried with torch 2.13.0.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -67,9 +68,10 @@ class Kernel:
         # A template is followed by its grid; of the others, Inductor derives it from sizes and tiles.
         grid = values[count:] if self.is_attention else [_tiles(named, axis) for axis in "xyz"]
         passed = {name: _argument(value) for name, value in named.items() if name not in self.constant}
-        blocks = list(itertools.product(*map(range, grid)))[:: -1 if self.last_block_first else 1]
-        options = {"shared_bytes": self.shared_bytes, "num_warps": self.num_warps}
-        return launch(self.ptx, grid, passed, blocks=blocks, **options)
+        blocks = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(grid)))]
+        if self.last_block_first:
+            blocks.reverse()
+        return launch(self.ptx, grid, passed, shared_bytes=self.shared_bytes, num_warps=self.num_warps, blocks=blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ def engine_on_ptx(*, turing: bool = True, edit: Callable[[Kernel], Kernel] | Non
             graph = dataclasses.replace(graph, kernels={name: edit(kernel) for name, kernel in graph.kernels.items()})
         return graph.run(inputs, launches)
 
-    with mock.patch.object(attention.flex, "run", run):
+    with mock.patch.object(flex, "run", run):
         yield launches
 
 
@@ -161,8 +163,9 @@ def compile_graph(spec: flex.Spec, turing: bool = True) -> Graph:
 @functools.cache
 def _compiler() -> concurrent.futures.Executor:
     """A process that believes in a T4, which cannot be undone in this one."""
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    atexit.register(executor.shutdown)
+    return executor
 
 
 def _compile_here(spec: flex.Spec, turing: bool) -> Graph:
@@ -238,7 +241,7 @@ def _load(name: str, source: str) -> tuple[Any, dict[str, Any]]:
 
 def _tiles(sizes: dict[str, Any], axis: str) -> int:
     """Blocks along an axis of a kernel that is not a template's."""
-    return -(-sizes.get(f"{axis}numel", 1) // TILES.get(f"{axis.upper()}BLOCK", 1))
+    return -(-int(sizes.get(f"{axis}numel", 1)) // TILES.get(f"{axis.upper()}BLOCK", 1))
 
 
 def _argument(value: Any) -> Argument:
@@ -246,7 +249,7 @@ def _argument(value: Any) -> Argument:
     if not isinstance(value, Tensor):
         return int(value)
     storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
-    return Pointer(storage.numpy(), value.storage_offset())
+    return Pointer(storage.numpy(), int(value.storage_offset()))
 
 
 def _unwritten(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
