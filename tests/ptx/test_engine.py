@@ -82,6 +82,12 @@ def test_agrees_with_float64(name: str, head_dim: int) -> None:
     assert error(results["lse"], exact) <= budget(naive, exact, magnitude)
 
 
+def test_bfloat16_agrees_with_float64() -> None:
+    """Slow on a T4, which has no tensor cores for it, but right."""
+    data = make(case_of(lengths=((70, 70),), dense=True, dtype=torch.bfloat16))
+    check_against_float64(data, both(data))
+
+
 def test_repeats_itself_whatever_the_order_of_blocks() -> None:
     data = make(CAUSAL)
     first, again = both(data), both(data, edit=lambda kernel: dataclasses.replace(kernel, last_block_first=True))

@@ -248,7 +248,8 @@ def _argument(value: Any) -> Argument:
     """A tensor as a place in its storage; numbers as they are."""
     if not isinstance(value, Tensor):
         return int(value)
-    storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+    dtype = torch.int16 if value.dtype == torch.bfloat16 else value.dtype  # NumPy has no bfloat16
+    storage = torch.empty(0, dtype=dtype).set_(value.untyped_storage())
     return Pointer(storage.numpy(), int(value.storage_offset()))
 
 
