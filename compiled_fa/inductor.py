@@ -5,14 +5,16 @@ of a torch.compile'd function (20 µs) would cost more than small tiles do, and 
 recompile limits of the model that calls us. So a graph is traced once with symbolic sizes and handed to Inductor
 itself.
 
-Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs. Tried with torch 2.13.0.
+Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs; its check for bfloat16. Tried with torch
+2.13.0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -67,10 +69,23 @@ def compile_graph(
         with mode:
             inputs = list(example_inputs(symbolic_sizes(mode)))
             traced = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
-        with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        with torch._guards.tracing(torch._guards.TracingContext(mode)), _bfloat16_allowed():
             artifact: Any = compile_fx_inner(traced, inputs)
     call: Compiled = artifact.current_callable
     return call
+
+
+@contextlib.contextmanager
+def _bfloat16_allowed() -> Iterator[None]:
+    """Inductor gives up on bfloat16 below sm_80, because it is slow there. Triton compiles it, by way of fp32."""
+    import torch._inductor.compile_fx as compile_fx
+
+    check = compile_fx._check_triton_bf16_support
+    compile_fx._check_triton_bf16_support = lambda graph: None
+    try:
+        yield
+    finally:
+        compile_fx._check_triton_bf16_support = check
 
 
 def symbolic_sizes(mode: Any) -> Size:

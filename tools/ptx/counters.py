@@ -90,6 +90,15 @@ class Counters:
         return SECTOR * sum(traffic.sectors_read + traffic.sectors_written for traffic in self.buffers.values())
 
     @property
+    def shared_transactions(self) -> int:
+        return self.shared_loads.transactions + self.shared_stores.transactions
+
+    @property
+    def bank_conflicts(self) -> int:
+        """Those of `shared_transactions` that conflicts cost."""
+        return self.shared_loads.conflicts + self.shared_stores.conflicts
+
+    @property
     def arithmetic_intensity(self) -> float:
         """Tensor-core operations a byte of `global_bytes`."""
         return self.tensor_flops / max(self.global_bytes, 1)
