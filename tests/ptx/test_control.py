@@ -76,3 +76,9 @@ def test_blocks_know_their_place_in_the_grid() -> None:
     out[...] = -1
     launch(module(body, 1), (2, 3, 4), [out], blocks=[(1, 2, 3)])
     assert np.flatnonzero(out >= 0).tolist() == [23]
+
+
+def test_a_block_has_as_much_shared_memory_as_the_gpu_gives_it() -> None:
+    launch(module("", 0), (1,), [], shared_bytes=64 << 10)
+    with pytest.raises(ValueError, match="needs 65552 bytes of shared memory; a block on sm_75 has 65536"):
+        launch(module("", 0), (1,), [], shared_bytes=(64 << 10) + 16)

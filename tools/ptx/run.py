@@ -16,6 +16,8 @@ from .machine import Machine
 from .memory import Buffer, GlobalMemory
 from .parser import SIZES, Kernel, Variable, parse
 
+SHARED_LIMIT = 64 << 10  # bytes a block, on sm_75
+
 _FORMATS = {"u8": "B", "s8": "b", "b8": "B", "u16": "H", "s16": "h", "b16": "H", "u32": "I", "s32": "i", "b32": "I",
             "u64": "Q", "s64": "q", "b64": "Q", "f32": "f", "f64": "d"}  # fmt: skip
 
@@ -84,6 +86,8 @@ def launch(
     named = arguments if isinstance(arguments, Mapping) else {f"argument {i}": a for i, a in enumerate(arguments)}
     parameters, symbols = _pack(ptx, named, memory)
     shared_size = _place(ptx.variables, "shared", shared_bytes, symbols)
+    if shared_size > SHARED_LIMIT:
+        raise ValueError(f"{ptx.name} needs {shared_size} bytes of shared memory; a block on sm_75 has {SHARED_LIMIT}")
     local_size = _place(ptx.variables, "local", 0, symbols)
     with np.errstate(all="ignore"):
         machine = Machine(ptx, num_threads, memory, parameters, symbols, shared_size, local_size, counters, step_limit)
