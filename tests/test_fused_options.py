@@ -31,7 +31,7 @@ def test_tiles_are_what_the_template_takes(key):
 
 @pytest.mark.parametrize(("head_dim", "entry"), [(16, 32), (32, 32), (40, 64), (80, 128), (128, 128), (160, 256)])
 def test_the_next_head_dim_up_serves(head_dim, entry):
-    assert options_for("forward", head_dim, PLAIN, (7, 5)) == TURING["forward", entry, "dense"]
+    assert options_for("forward", head_dim, torch.float16, PLAIN, (7, 5)) == TURING["forward", entry, "dense"]
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def test_the_next_head_dim_up_serves(head_dim, entry):
 )
 def test_features_choose(changed, entry):
     features = Features(**{**vars(PLAIN), **changed})
-    assert options_for("backward", 64, features, (7, 5)) == TURING["backward", 64, entry]
+    assert options_for("backward", 64, torch.float16, features, (7, 5)) == TURING["backward", 64, entry]
 
 
 def test_inductor_chooses_for_newer_gpus():
     for capability in ((8, 0), (9, 0), capability_of(torch.device("cpu"))):
-        assert options_for("forward", 64, PLAIN, capability) == ()
+        assert options_for("forward", 64, torch.float16, PLAIN, capability) == ()

@@ -150,7 +150,8 @@ def measure(
 
 def with_turing_options(spec: flex.Spec) -> flex.Spec:
     """A spec made on the CPU, with the options that it has on a T4."""
-    options = options_for(spec.direction, max(spec.head_dim, spec.head_dim_v), TURING)
+    head_dim = max(spec.head_dim, spec.head_dim_v)
+    options = options_for(spec.direction, head_dim, spec.dtype, spec.features, TURING)
     return dataclasses.replace(spec, options=options)
 
 

@@ -135,5 +135,5 @@ def _spec(
         v.shape[-1],
         tuple((x.stride(2), x.stride(1)) for x in tensors),
         layout.divisible,
-        options_for(direction, max(q.shape[-1], v.shape[-1]), features, capability_of(q.device)),
+        options_for(direction, max(q.shape[-1], v.shape[-1]), q.dtype, features, capability_of(q.device)),
     )

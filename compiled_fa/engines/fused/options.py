@@ -15,11 +15,17 @@ Options = tuple[tuple[str, int], ...]
 
 
 def options_for(
-    direction: Literal["forward", "backward"], head_dim: int, features: Features, capability: tuple[int, int]
+    direction: Literal["forward", "backward"],
+    head_dim: int,
+    dtype: torch.dtype,
+    features: Features,
+    capability: tuple[int, int],
 ) -> Options:
     """By the template's names; empty: Inductor's own."""
     if capability >= (8, 0) or capability == (0, 0):
         return ()
+    if dtype != torch.float16:
+        return TURING_WIDE[direction, _class(head_dim)]
     return TURING[direction, _class(head_dim), _feature_class(features)]
 
 
@@ -75,6 +81,20 @@ TURING: dict[tuple[str, int, str], Options] = {
     ("backward", 256, "dense"): _backward(32, 32, 32, 32, 8, 2),  # 255, 1, 52 %
     ("backward", 256, "packed"): _backward(32, 32, 32, 32, 8, 2),  # 255, 1, 52 %
     ("backward", 256, "many"): _backward(16, 32, 32, 16, 8, 2),  # 234, 1, 28 %
+}
+
+
+# bf16 and fp32, which Turing's tensor cores do not take: scalar arithmetic on fp32 operands in shared memory, of which a
+# block has 64 KB. The largest tiles of a few tried that fit; behind each, bytes of fp32 shared memory and spills.
+TURING_WIDE: dict[tuple[str, int], Options] = {
+    ("forward", 32): _forward(32, 32, 4, 1),
+    ("forward", 64): _forward(32, 32, 4, 1),
+    ("forward", 128): _forward(32, 32, 4, 1),
+    ("forward", 256): _forward(16, 16, 4, 1),
+    ("backward", 32): _backward(32, 32, 32, 32, 8, 1),
+    ("backward", 64): _backward(32, 32, 32, 32, 8, 1),
+    ("backward", 128): _backward(16, 16, 16, 16, 8, 1),
+    ("backward", 256): _backward(16, 16, 16, 16, 8, 1),
 }
 
 
