@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -344,7 +345,7 @@ def _provenance() -> dict[str, Any]:
         return subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout.strip()
 
     return {
-        "command": " ".join(["python -m tools.turing_report", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "tools.turing_report", *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain")),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
