@@ -261,6 +261,8 @@ def test_it_says_why_it_cannot_serve():
         ((8, 0), {"meta": (2, 65536, 64, 128)}, "less than 2**30 elements, and this has 1073741824"),
         ((8, 0), {}, None),
         ((7, 5), {"dtype": torch.bfloat16}, None),
+        ((7, 5), {"dtype": torch.bfloat16, "head_dim": 160}, "for torch.bfloat16 end at head_dim 128, and this is 160"),
+        ((7, 5), {"dtype": torch.float16, "head_dim": 160}, None),
     ],
 )
 def test_reasons_on_a_gpu(monkeypatch, capability, problem, reason):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import TURING, capability_of, options_for
+from compiled_fa.engines.fused.options import TURING, TURING_WIDE, capability_of, options_for
 from compiled_fa.scores import Window
 
 PLAIN = Features(
@@ -53,3 +53,9 @@ def test_features_choose(changed, entry):
 def test_inductor_chooses_for_newer_gpus():
     for capability in ((8, 0), (9, 0), capability_of(torch.device("cpu"))):
         assert options_for("forward", 64, torch.float16, PLAIN, capability) == ()
+
+
+def test_wide_dtypes_have_their_own_tiles():
+    for direction, head_dim in itertools.product(("forward", "backward"), (16, 64, 128)):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert options_for(direction, head_dim, dtype, PLAIN, (7, 5)) in TURING_WIDE.values()

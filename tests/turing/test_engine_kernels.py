@@ -1,13 +1,17 @@
 """The fused engine's kernels, with the options of its table, compiled for sm_75: what a Turing card would execute."""
 
+import dataclasses
 import itertools
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from compiled_fa.engines.fused.options import options_for
 from tests.turing import in_child
 from tools.offline import Kernel, in_own_process
+from tools.offline.engine import compile_spec
 from tools.offline.engine_kernels import DIRECTIONS, EVERYTHING
 from tools.offline.figures import SHARED
 
@@ -61,3 +65,14 @@ def test_the_tensor_cores_bound_the_loops(kernels, kernel):
 def test_the_forward_loops_are_pipelined(kernels, kernel):
     """One barrier after a tile is read, one after the next is stored; without the pipeline there are twelve."""
     assert kernels[kernel].barriers == [2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_wide_dtypes_fit_in_an_sm(dtype):
+    """Without tensor cores, and so in another table; in the most demanding class."""
+    for direction in DIRECTIONS:
+        spec = Kernel(direction, 128, EVERYTHING).spec
+        options = options_for(direction, 128, dtype, spec.features, (7, 5))
+        compiled = in_own_process(compile_spec, dataclasses.replace(spec, dtype=dtype, options=options), turing=True)
+        assert compiled.shared <= SHARED
+        assert compiled.hmma == 0

@@ -69,7 +69,9 @@ class Kernel:
         features = dataclasses.replace(kind.features, softmax_scale=d**-0.5)
         heads = (HEADS, kind.nheads_k, kind.nheads_k, HEADS)[: 3 if self.direction == "forward" else 4]
         strides = tuple((n * d, d) for n in heads)
-        options = options_for(self.direction, d, torch.float16, features, TURING) if self.options is None else self.options
+        options = self.options
+        if options is None:
+            options = options_for(self.direction, d, torch.float16, features, TURING)
         return Spec(
             self.direction,
             features,

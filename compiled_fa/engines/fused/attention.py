@@ -18,6 +18,7 @@ from .mods import Features, named
 from .options import capability_of, options_for
 
 LARGEST_HEAD_DIM = 256
+LARGEST_WIDE_HEAD_DIM = 128  # of bf16 and fp32 on Turing, whose operands take twice the shared memory
 LARGEST_TENSOR = 2**30  # kernels index with 32 bits, and block-aligned copies are larger than the tensors
 TURING = (7, 5)
 
@@ -38,6 +39,10 @@ def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
         largest = max(problem.q.shape[-1], problem.v.shape[-1])
         if largest > LARGEST_HEAD_DIM:
             return f"it has tiles for head_dim up to {LARGEST_HEAD_DIM}, and this is {largest}"
+        wide = problem.q.dtype != torch.float16
+        if capability_of(device) == TURING and wide and largest > LARGEST_WIDE_HEAD_DIM:
+            ends = f"its tiles for {problem.q.dtype} end at head_dim {LARGEST_WIDE_HEAD_DIM}"
+            return f"on Turing {ends}, and this is {largest}"
         elements = max(problem.q.numel(), problem.k.numel(), problem.v.numel())
         if elements >= LARGEST_TENSOR:
             return f"it indexes tensors of less than 2**30 elements, and this has {elements}"
