@@ -147,6 +147,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     add("--memory", type=float, metavar="GIB", help="in place of a card's")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--plot", type=Path, metavar="FILE", help="draw memory, traffic and intensity, to this image and as SVG")
+    add("--kernels", action="store_true", help="the fused kernels' traffic: by their tiles, and as their PTX moves it")
     add("--measure", action="store_true", help=f"hold the model against measured peaks, within {TOLERANCE:.0%}; Linux")
     return parser, parser.parse_args(argv)
 
@@ -155,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     parser, options = parse_arguments(argv)
     if options.measure:
         return 0 if measure() else 1
+    if options.kernels:
+        command = [sys.executable, "-m", "tools.kernel_traffic", "--head-dim", str(options.head_dim)]
+        return subprocess.run(command, cwd=ROOT, check=False).returncode
     nheads_k = options.nheads_k or options.nheads
     for name in ("batch", "seqlen", "nheads", "head_dim"):
         if getattr(options, name) < 1:

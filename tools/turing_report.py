@@ -31,6 +31,7 @@ import torch
 import triton
 
 from compiled_fa.engines.fused.options import Options
+from tools import kernel_traffic
 from tools.offline.engine_kernels import (
     CLASSES,
     DIRECTIONS,
@@ -301,6 +302,9 @@ def main() -> int:
     parser.add_argument(
         "--stock", nargs="*", choices=CLASSES, default=CLASSES, help="those that stock Triton compiles too (all)"
     )
+    parser.add_argument(
+        "--traffic", action="store_true", help="execute the causal kernels' PTX on 256 tokens, and show bytes moved"
+    )
     parser.add_argument("--cache", type=pathlib.Path, default=ROOT / "build" / "turing_report", metavar="FOLDER")
     arguments = parser.parse_args()
     if arguments.search:
@@ -322,12 +326,20 @@ def main() -> int:
             and kernel.head_dim in arguments.head_dim
             and kernel.features in (arguments.features or CLASSES)
         ]
-        rows = report(chosen, arguments.cache, arguments.stock)
+        rows = report(chosen, arguments.cache, arguments.stock, _traffic if arguments.traffic else None)
         print("\n".join(markdown(rows)))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({**_provenance(), "rows": rows}, indent=1) + "\n")
     return 0
+
+
+def _traffic(kernel: Kernel) -> dict[str, float]:
+    """Of a causal kernel with the table's options: bytes by its tiles, and as counted in its executed PTX."""
+    if kernel.features != PLAIN or kernel.options is not None:
+        return {}
+    model = sum(kernel_traffic.modelled(kernel.direction, kernel.head_dim, 256).values())
+    return {"modelled": model, **kernel_traffic.measured(kernel.direction, kernel.head_dim, 256)}
 
 
 def _candidate_text(candidate: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from compiled_fa.check.budget import budget, error, magnitudes
 from compiled_fa.engines import fused
 from compiled_fa.engines.fused import flex
 from tests.support import RESULTS, Case, Data, check_against_float64, make, packed, run_naive
+from tools import kernel_traffic
 from tools.ptx import OutOfBoundsError, RaceError
 from tools.ptx.engine import Kernel, Launch, engine_on_ptx, measure
 
@@ -251,3 +252,10 @@ def test_the_engine_is_itself_again_afterwards() -> None:
     with engine_on_ptx():
         assert flex.run is not run
     assert flex.run is run
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_traffic_is_what_the_tiles_say(direction: str) -> None:
+    """tools/kernel_traffic.py's model against what the executed PTX loads and stores: little beside the tiles."""
+    model = sum(kernel_traffic.modelled(direction, 64, 256).values())
+    assert model <= measure(64, 256)[direction].sector_bytes <= 1.1 * model
