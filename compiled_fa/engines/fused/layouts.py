@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .mods import Features
 SMALLEST_HEAD_DIM = 16  # tl.dot takes no less: smaller ones are padded with zeros
 
 
-class Layout:
+class Layout(Protocol):
     """`load` and `store` bring rows of q, k, v, ... into this layout and back; `structure` and `buffers` go with it."""
 
     features: Features
@@ -25,17 +26,13 @@ class Layout:
     buffers: dict[str, Tensor]
     divisible: bool
 
-    def load_queries(self, rows: Tensor, fill: float = 0.0) -> Tensor:
-        raise NotImplementedError
+    def load_queries(self, rows: Tensor, fill: float = 0.0) -> Tensor: ...
 
-    def load_keys(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
+    def load_keys(self, rows: Tensor) -> Tensor: ...
 
-    def store_queries(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    def store_queries(self, x: Tensor) -> Tensor: ...
 
-    def store_keys(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    def store_keys(self, x: Tensor) -> Tensor: ...
 
 
 def layout_of(problem: Problem) -> Layout:
@@ -63,7 +60,7 @@ def _features(
     return Features(problem.softmax_scale, softcap, alibi, program.window, threshold, packed, square), buffers
 
 
-class DenseLayout(Layout):
+class DenseLayout:
     """Views: (B, S, H, D) with heads and rows swapped. The block structure is that of one sequence, for all of them."""
 
     def __init__(self, problem: Problem) -> None:
@@ -104,7 +101,7 @@ def _dense_structure(window: Window, seqlen_q: int, seqlen_k: int, device: torch
     return structure(window, blocks[0], blocks[1], lengths)
 
 
-class AlignedLayout(Layout):
+class AlignedLayout:
     """Copies: packed sequences, each beginning with a new block, as one long sequence; see aligned.py."""
 
     divisible = True
