@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import Case, cases, check_against_float64, cumulative, make, packed, run_tiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from compiled_fa import flash_attn_func, use_engine
+from compiled_fa import engines, flash_attn_func, inductor, use_engine
 from compiled_fa.engines import fused
 from compiled_fa.engines.fused import attention, flex
 from compiled_fa.engines.fused.aligned import Aligned
@@ -276,6 +276,16 @@ def test_reasons_on_a_gpu(monkeypatch, capability, problem, reason):
         given_problem = make(Case(((4, 4),), True, **problem)).problem()
     found = fused.why_not(torch.device("cuda"), given_problem)
     assert found is None if reason is None else reason in found
+
+
+def test_serving_by_second_choice_is_said_once(monkeypatch, caplog):
+    """Off the CPU, where the fused engine is expected."""
+    monkeypatch.setattr(inductor, "_said", set())
+    q = torch.empty(1, 4, 2, 8, device="meta")
+    for _ in range(2):
+        assert engines.serving("auto", Problem.of(q, q, q, None)) is engines.tiled
+    assert len(caplog.records) == 1
+    assert "tiled engine serves on meta, not fused: it needs a CUDA device" in caplog.text
 
 
 def test_without_triton(monkeypatch):

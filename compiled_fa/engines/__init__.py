@@ -13,11 +13,14 @@ from types import ModuleType
 
 import torch
 
+from ..inductor import say_once
 from ..problem import Problem
 from . import fused, tiled
 
 # In the order of preference: the first that can serve a device does.
 ENGINES: dict[str, ModuleType] = {"fused": fused, "tiled": tiled}
+
+FIRST_CHOICE = "first choice"
 
 _override: str | None = None
 
@@ -51,8 +54,10 @@ def requested() -> str:
 
 
 def choose(name: str, device: torch.device, problem: Problem | None = None) -> tuple[str, str]:
-    """-> the engine that serves a device, or a call on it, and why. One asked for by name serves or raises
-    RuntimeError."""
+    """-> the engine that serves a device, or a call on it, and why.
+
+    One asked for by name serves or raises RuntimeError.
+    """
     if _known(name, "engine") != "auto":
         reason = ENGINES[name].why_not(device, problem)
         if reason is not None:
@@ -62,10 +67,15 @@ def choose(name: str, device: torch.device, problem: Problem | None = None) -> t
     for candidate, engine in ENGINES.items():
         reason = engine.why_not(device, problem)
         if reason is None:
-            return candidate, "; ".join(refusals) or "first choice"
+            return candidate, "; ".join(refusals) or FIRST_CHOICE
         refusals.append(f"not {candidate}: {reason}")
     raise RuntimeError("no engine can serve this device: " + "; ".join(refusals))
 
 
 def serving(name: str, problem: Problem) -> ModuleType:
-    return ENGINES[choose(name, problem.q.device, problem)[0]]
+    """The engine that serves a call. Off the CPU it is said once, and why, when that is not the first choice."""
+    device = problem.q.device
+    chosen, why = choose(name, device, problem)
+    if name == "auto" and why != FIRST_CHOICE and device.type != "cpu":
+        say_once(f"the {chosen} engine serves on {device.type}, {why}")
+    return ENGINES[chosen]

@@ -2,8 +2,7 @@
 
 Then a tile belongs to one sequence, its runs are those of blocks.py, and unaligned starts cost nothing in the kernel.
 The price is one copy of the rows in and one out, and up to BLOCK - 1 rows of padding a sequence; the buffer's size
-follows
-from shapes alone, so the host never reads a length.
+follows from shapes alone, so the host never reads a length.
 """
 
 from __future__ import annotations

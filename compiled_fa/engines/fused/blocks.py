@@ -3,8 +3,7 @@
 A block is BLOCK queries of one sequence, or BLOCK of its keys. What a block of queries sees is an interval of keys
 (scores/masks.py), so its tiles are a run of key blocks: those in the middle full, those at the rims partial. All of
 it is arithmetic on a few numbers per block, on the device, for all blocks at once: no mask is evaluated, and the host
-waits
-for nothing.
+waits for nothing.
 
     keys ->   0   1   2   3   4   5          . not kept
     block r   .   p   f   f   p   .          partial: 1, 4     full: 2, 3
@@ -61,8 +60,7 @@ class Structure(NamedTuple):
 
 
 def blocks_of(lengths: Tensor, count: int) -> Blocks:
-    """Blocks of sequences laid out behind one another, each beginning with a new block. count: at least their
-    number."""
+    """Blocks of sequences laid out behind one another, each with a new block. count: at least their number."""
     number = torch.arange(count, dtype=torch.int32, device=lengths.device)
     ends = ((lengths + (BLOCK - 1)) // BLOCK).cumsum(0).to(torch.int32)  # of each sequence, in blocks
     batch = torch.searchsorted(ends, number, right=True, out_int32=True).clamp(max=lengths.shape[0] - 1)
