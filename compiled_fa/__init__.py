@@ -3,7 +3,8 @@
     interface.py      the six functions: what people call
     ops.py            torch.ops.compiled_fa.*: what torch.compile and autograd see
     validation.py     every check of an argument
-    engines/          who computes: tiled (any device), fused (one Triton kernel each way, on CUDA)
+    engines/          who computes: fused (one Triton kernel each way, on CUDA), aten (PyTorch's kernel, on a CPU),
+                      tiled (anything, anywhere)
     inductor.py       graphs compiled by Inductor and called without guards
     turing/           tensor cores on Turing for every Triton kernel of the process
     scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout

@@ -82,15 +82,16 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem, engine = make_problem(*arguments)
         _check_values(problem)
-        out, lse = engines.serving(engine, problem).forward(problem)
+        out, lse = engines.serving(engine, problem, "forward").forward(problem)
         return out, lse
 
     @forward.register_fake
     def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-        q, v = make_problem(*arguments)[0].q, arguments[2]
+        problem, _ = make_problem(*arguments)
+        q, v = problem.q, problem.v
         *leading, seqlen, nheads, _ = q.shape
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty((*leading, nheads, seqlen), dtype=dtype)
+        lse = q.new_empty((*leading, nheads, seqlen), dtype=problem.lse_dtype)
+        return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
     @torch.library.custom_op(f"compiled_fa::{name}_backward", mutates_args=(), schema=backward_schema)
     def backward(
@@ -99,7 +100,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         problem, engine = make_problem(*arguments)
         validation.backward(problem, dout, dlse, out, lse)
         _check_values(problem)
-        dq, dk, dv = engines.serving(engine, problem).backward(problem, dout, out, lse, dlse)
+        dq, dk, dv = engines.serving(engine, problem, "backward").backward(problem, dout, out, lse, dlse)
         return dq, dk, dv
 
     @backward.register_fake

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .scores import Dropout, ScoreProgram, Window
+
+Direction = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,18 @@ class Problem:
     @property
     def batch(self) -> int:
         return self.q.shape[0] if self.packed is None else self.packed.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def window_in_force(self) -> Window:
+        """The window without sides that hide nothing at these lengths."""
+        packed = self.packed
+        longest = (self.q.shape[1], self.k.shape[1]) if packed is None else (packed.max_seqlen_q, packed.max_seqlen_k)
+        return self.window.in_force(*longest)
+
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        """fp32, and fp64 for fp64 inputs."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
     def program(self, seqlen_q: int | Tensor, seqlen_k: int | Tensor) -> ScoreProgram:
         """The call's score program; the lengths are an int for all sequences or a tensor (batch,)."""

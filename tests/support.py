@@ -1,6 +1,7 @@
 """Attention cases drawn by hypothesis, and the comparison that they all go through."""
 
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -146,10 +147,15 @@ def make(case: Case, std: float = 1.0) -> Data:
 
 def run_tiled(data: Data) -> dict[str, Tensor]:
     """The tiled engine itself, with the case's tile sizes; everything packed."""
+    return run_engine(tiled, data, data.case.tiles)
+
+
+def run_engine(engine: ModuleType, data: Data, *tiles: TileSizes | None) -> dict[str, Tensor]:
+    """Forward and backward of an engine; everything packed."""
     problem = data.problem()
-    out, lse = tiled.forward(problem, data.case.tiles)
+    out, lse = engine.forward(problem, *tiles)
     dout = data.batched(data.dout) if data.case.dense else data.dout
-    gradients = tiled.backward(problem, dout, out, lse, data.per_row(data.dlse), data.case.tiles)
+    gradients = engine.backward(problem, dout, out, lse, data.per_row(data.dlse), *tiles)
     return packed(data, (out, lse, *gradients))
 
 

@@ -1,6 +1,7 @@
 """The engines, and which of them serves a call.
 
-An engine is a module with `forward(problem)`, `backward(problem, dout, out, lse, dlse)` and `why_not(device, problem)`.
+An engine is a module with `forward(problem)` and `backward(problem, dout, out, lse, dlse)`; `why_not(device, problem)`
+tells why it cannot serve, and `slower(problem, direction)` whether it leaves a call to the engines after it.
 Engines never import each other; what they share is the score program and the problem.
 """
 
@@ -14,11 +15,11 @@ from types import ModuleType
 import torch
 
 from ..inductor import say_once
-from ..problem import Problem
-from . import fused, tiled
+from ..problem import Direction, Problem
+from . import aten, fused, tiled
 
 # In the order of preference: the first that can serve a device does.
-ENGINES: dict[str, ModuleType] = {"fused": fused, "tiled": tiled}
+ENGINES: dict[str, ModuleType] = {"fused": fused, "aten": aten, "tiled": tiled}
 
 FIRST_CHOICE = "first choice"
 
@@ -53,7 +54,9 @@ def requested() -> str:
     return _override or os.environ.get("COMPILED_FA_ENGINE") or "auto"
 
 
-def choose(name: str, device: torch.device, problem: Problem | None = None) -> tuple[str, str]:
+def choose(
+    name: str, device: torch.device, problem: Problem | None = None, direction: Direction = "forward"
+) -> tuple[str, str]:
     """-> the engine that serves a device, or a call on it, and why.
 
     One asked for by name serves or raises RuntimeError.
@@ -66,16 +69,18 @@ def choose(name: str, device: torch.device, problem: Problem | None = None) -> t
     refusals: list[str] = []
     for candidate, engine in ENGINES.items():
         reason = engine.why_not(device, problem)
+        if reason is None and problem is not None and engine.slower(problem, direction):
+            reason = "another is faster"
         if reason is None:
             return candidate, "; ".join(refusals) or FIRST_CHOICE
         refusals.append(f"not {candidate}: {reason}")
     raise RuntimeError("no engine can serve this device: " + "; ".join(refusals))
 
 
-def serving(name: str, problem: Problem) -> ModuleType:
+def serving(name: str, problem: Problem, direction: Direction) -> ModuleType:
     """The engine that serves a call. Off the CPU it is said once, and why, when that is not the first choice."""
     device = problem.q.device
-    chosen, why = choose(name, device, problem)
+    chosen, why = choose(name, device, problem, direction)
     if name == "auto" and why != FIRST_CHOICE and device.type != "cpu":
         say_once(f"the {chosen} engine serves on {device.type}, {why}")
     return ENGINES[chosen]

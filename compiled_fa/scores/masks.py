@@ -51,6 +51,12 @@ class Window(NamedTuple):
             inside = inside & (kv_idx <= position + self.right)
         return inside
 
+    def in_force(self, seqlen_q: int, seqlen_k: int) -> Window:
+        """Without the sides that hide nothing in sequences of at most these lengths."""
+        left = None if self.left is None or self.left >= seqlen_k - 1 else self.left
+        right = None if self.right is None or self.right >= seqlen_q - 1 else self.right
+        return Window(left, right)
+
     # Half-open intervals [start, stop), empty where start >= stop; of ints, or of tensors for many tiles at once.
 
     def keys_seen_by_any(self, first: Position, last: Position, seqlen_k: Position) -> tuple[Position, Position]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ... import turing
 from ...inductor import say_once
-from ...problem import Problem
+from ...problem import Direction, Problem
 from . import flex
 from .layouts import Layout, canonical, layout_of, padded
 from .mods import Features, named
@@ -47,6 +46,11 @@ def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
         if elements >= LARGEST_TENSOR:
             return f"it indexes tensors of less than 2**30 elements, and this has {elements}"
     return None
+
+
+def slower(problem: Problem, direction: Direction) -> bool:
+    """Is another engine faster at a call that this one could serve? None is known to be."""
+    return False
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,7 @@ def _stored_rows(layout: Layout, per_row: Tensor, problem: Problem) -> Tensor:
 
 
 def _spec(
-    direction: Literal["forward", "backward"],
+    direction: Direction,
     features: Features,
     problem: Problem,
     layout: Layout,

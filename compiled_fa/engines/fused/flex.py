@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch._higher_order_ops
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ... import inductor
+from ...problem import Direction
 from .blocks import BLOCK, Structure
 from .mods import Features, Mods
 
@@ -47,7 +48,7 @@ class Spec:
     options: tile sizes, warps and stages by the template's names; empty: Inductor's own choice.
     """
 
-    direction: Literal["forward", "backward"]
+    direction: Direction
     features: Features
     dtype: torch.dtype
     nheads: int

@@ -5,17 +5,16 @@ On Turing they come from the table below; Inductor's tables begin with Ampere, a
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
+from ...problem import Direction
 from .mods import Features
 
 Options = tuple[tuple[str, int], ...]
 
 
 def options_for(
-    direction: Literal["forward", "backward"],
+    direction: Direction,
     head_dim: int,
     dtype: torch.dtype,
     features: Features,

@@ -12,14 +12,19 @@ inductor.py   steps compiled by Inductor, and what happens where they cannot be
 
 import torch
 
-from ...problem import Problem
+from ...problem import Direction, Problem
 from .backward import backward
 from .forward import forward
 from .tiles import TileSizes
 
-__all__ = ["TileSizes", "backward", "forward", "why_not"]
+__all__ = ["TileSizes", "backward", "forward", "slower", "why_not"]
 
 
 def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
     """Why this engine cannot serve a device, or a call on it; None: it can. It serves them all."""
     return None
+
+
+def slower(problem: Problem, direction: Direction) -> bool:
+    """Is another engine faster at a call that this one could serve? There is none after it."""
+    return False

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...problem import Problem
+from ...problem import Direction, Problem
 from ...scores import Window
 from . import chunks as chunking
 from .chunks import Chunk, Tile
@@ -67,7 +66,7 @@ class Call:
     def __exit__(self, *exception: object) -> None:
         self.scratch.__exit__(*exception)
 
-    def chunks(self, direction: Literal["forward", "backward"]) -> Iterator[Chunk]:
+    def chunks(self, direction: Direction) -> Iterator[Chunk]:
         problem = self.problem
         head_dims = problem.q.shape[-1] + problem.v.shape[-1]
 

@@ -8,9 +8,10 @@ step that exponentiates them and the product that reads them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+
+from ...problem import Direction
 
 LARGEST = 512  # queries or keys of a tile
 LARGEST_BANDED = 256  # the same under a window or causal, whose rims cost half a tile each
@@ -32,7 +33,7 @@ def _even(length: int, largest: int) -> int:
 
 
 def choose(
-    direction: Literal["forward", "backward"],
+    direction: Direction,
     seqlen_q: int,
     seqlen_k: int,
     heads_per_key: int,

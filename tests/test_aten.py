@@ -1,0 +1,89 @@
+"""The aten engine: parts of plain scores through PyTorch's own kernel."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import Case, cases, check_against_float64, make, run_engine
+
+from compiled_fa.engines import aten, choose
+
+PLAIN = {"window_size": (-1, -1), "softcap": 0.0, "slopes": "none", "dropout_p": 0.0, "tiles": None}
+
+
+def plain_cases(dense):
+    scales = st.sampled_from([None, 0.05, 1.0])
+    drawn = st.tuples(cases(dense=dense, **PLAIN), scales)
+    return drawn.map(lambda both: replace(both[0], head_dim_v=both[0].head_dim, softmax_scale=both[1]))
+
+
+@given(plain_cases(dense=True))
+def test_dense_agrees_with_float64(case):
+    data = make(case)
+    check_against_float64(data, run_engine(aten, data))
+
+
+@given(plain_cases(dense=False))
+def test_varlen_agrees_with_float64(case):
+    data = make(case)
+    check_against_float64(data, run_engine(aten, data))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_gradient_of_lse(dtype, causal):
+    data = make(Case(((40, 70), (33, 33), (50, 20)), heads_per_key=2, dtype=dtype, causal=causal))
+    data.dlse.zero_()
+    problem = data.problem()
+    out, lse = aten.forward(problem)
+    with_dlse, without = (aten.backward(problem, data.dout, out, lse, dlse) for dlse in (data.dlse, None))
+    for one, other in zip(with_dlse, without, strict=True):
+        assert torch.allclose(one, other, atol=torch.finfo(dtype).eps * 16)
+
+
+def test_half_precision_in_pieces(monkeypatch):
+    """Heads and sequences whose fp32 copies are over the limit are done one after another."""
+    data = make(Case(((30, 40),) * 3, True, nheads_k=3, heads_per_key=2, dtype=torch.float16))
+    whole = run_engine(aten, data)
+    for limit in (1, 20_000):
+        monkeypatch.setattr(aten, "WIDENED_BYTES", limit)
+        pieces = run_engine(aten, data)
+        assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_any_strides():
+    """The kernel believes head_dim to be contiguous, and does not look."""
+    data = make(Case(((20, 20),) * 2, True, causal=True))
+    expected = run_engine(aten, data)
+    for name in ("q", "k", "v", "dout"):
+        x = getattr(data, name)
+        setattr(data, name, x.transpose(1, 2).contiguous().transpose(1, 2))
+    found = run_engine(aten, data)
+    assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in expected)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(-1, 35), st.integers(-1, 35), st.booleans())
+def test_windows_that_hide_nothing_are_none(seqlen_q, seqlen_k, left, right, causal):
+    case = Case(((seqlen_q, seqlen_k),), True, window_size=(left, right), causal=causal)
+    problem = make(case).problem()
+    position, key = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q, torch.arange(seqlen_k)
+    kept = problem.window.contains(position, key.expand(seqlen_q, seqlen_k))
+    assert torch.equal(problem.window_in_force.contains(position, key.expand(seqlen_q, seqlen_k)), kept)
+    if kept.all():
+        assert choose("auto", torch.device("cpu"), problem)[0] == "aten"
+
+
+def test_what_it_leaves_to_others():
+    for options in (
+        {"softcap": 5.0},
+        {"slopes": "heads"},
+        {"dropout_p": 0.1},
+        {"window_size": (3, 0)},
+        {"softmax_scale": -1.0},
+    ):
+        problem = make(Case(((9, 9),), True, **options)).problem()
+        assert choose("auto", problem.q.device, problem)[0] == "tiled"
+        with pytest.raises(RuntimeError, match="aten engine was asked for"):
+            choose("aten", problem.q.device, problem)
