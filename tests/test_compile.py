@@ -50,7 +50,7 @@ def test_a_first_call_inside_a_compiled_graph_compiles_its_steps():
     program = (
         "import torch, compiled_fa\n"
         "q = torch.randn(1, 16, 2, 8, requires_grad=True)\n"
-        "attend = lambda q: compiled_fa.flash_attn_func(q, q, q, causal=True).sum()\n"
+        "attend = lambda q: compiled_fa.flash_attn_func(q, q, q, causal=True, softcap=9.0).sum()\n"
         "torch.compile(attend, fullgraph=True, backend='aot_eager')(q).backward()\n"
     )
     done = run_program(program, COMPILED_FA_COMPILE="1")
@@ -166,7 +166,7 @@ def test_without_compiling_it_says_so_once(caplog, monkeypatch):
     q = torch.randn(1, 5, 2, 8)
     with caplog.at_level(logging.WARNING, logger="compiled_fa"):
         for _ in range(3):
-            flash_attn_func(q, q, q)
+            flash_attn_func(q, q, q, softcap=5.0)
     assert len(caplog.records) == 1
     assert "COMPILED_FA_COMPILE=0" in caplog.text
 
@@ -176,7 +176,8 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once():
     program = (
         "import torch, compiled_fa\n"
         "q = torch.randn(1, 50, 2, 8)\n"
-        "for _ in range(2): out = compiled_fa.flash_attn_func(q, q, q, causal=True)\n"
+        "with compiled_fa.use_engine('tiled'):\n"
+        "    for _ in range(2): out = compiled_fa.flash_attn_func(q, q, q, causal=True)\n"
         "expected = torch.nn.functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, is_causal=True)\n"
         "assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)\n"
     )

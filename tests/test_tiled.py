@@ -85,11 +85,10 @@ def test_tiles_cover_what_the_mask_keeps_exactly_once(data):
         for tile in chunk.key_tiles(start, stop):
             by_queries[start:stop, tile.start : tile.stop] += 1
             assert tile.masked or kept[:, start:stop, tile.start : tile.stop].all()
-        for span in chunk.key_spans():
-            tile = chunk.tile_at(start, stop, *span)
-            if tile is not None:
-                by_keys[start:stop, tile.start : tile.stop] += 1
-                assert tile.masked or kept[:, start:stop, tile.start : tile.stop].all()
+    for start, stop in chunk.key_spans():
+        for tile in chunk.query_tiles(start, stop):
+            by_keys[tile.start : tile.stop, start:stop] += 1
+            assert tile.masked or kept[:, tile.start : tile.stop, start:stop].all()
     for covered in (by_queries, by_keys):
         assert covered.max() <= 1
         assert (covered[kept.any(0)] == 1).all()

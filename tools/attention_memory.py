@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 
 from compiled_fa.engines.tiled.call import Call
+from compiled_fa.engines.tiled.tiles import LARGEST
 from compiled_fa.problem import Problem
 
 Direction = Literal["forward", "training"]
@@ -96,21 +97,31 @@ def tiled(config: Config, direction: Direction) -> Tiling:
     k = torch.empty(config.batch, config.seqlen_k, config.nheads_k, config.head_dim, dtype=dtype, device="meta")
     call = Call(Problem.of(q, k, k, None, causal=config.causal), None)
     chunk = next(call.chunks("forward" if direction == "forward" else "backward"))
-    size = call.dtype.itemsize
-    tile_q, tile_k = min(chunk.tiles.queries, config.seqlen_q), min(chunk.tiles.keys, config.seqlen_k)
-    queries = chunk.pairs * chunk.heads_per_key * config.seqlen_q  # rows of the chunk
-    rows = chunk.pairs * chunk.heads_per_key * tile_q  # of a tile
-    scratch: Bytes = {"queries": queries * config.head_dim * size, "scores": rows * tile_k * size}
+    wide, size = call.dtype.itemsize, call.product_dtype(config.seqlen_q, config.seqlen_k).itemsize
+    heads, head_dim = chunk.heads_per_key, config.head_dim
     if direction == "forward":
-        view = tile_q == config.seqlen_q and dtype == call.dtype and len(chunk.sequences) == 1
+        tile_q, tile_k = min(chunk.tiles.queries, config.seqlen_q), min(chunk.tiles.keys, config.seqlen_k)
+        rows = chunk.pairs * heads * tile_q  # of a tile
+        scratch: Bytes = {"queries": rows * head_dim * size, "scores": rows * tile_k * size}
+        view = tile_q == config.seqlen_q and dtype.itemsize == size and len(chunk.sequences) == 1
         for name in () if view else ("keys", "values"):
-            scratch[name] = chunk.pairs * config.seqlen_k * config.head_dim * size
-        scratch |= {"accumulator": rows * config.head_dim * size, "row_max": rows * size, "row_sum": rows * size}
+            scratch[name] = chunk.pairs * config.seqlen_k * head_dim * size
+        scratch |= {"accumulator": rows * head_dim * wide, "row_max": rows * wide, "row_sum": rows * wide}
+        if size != wide:
+            scratch["product"] = rows * head_dim * size
     else:
-        scratch |= dict.fromkeys(("dout", "out", "dq"), queries * config.head_dim * size)
-        scratch |= dict.fromkeys(("lse", "delta"), queries * size)
-        scratch |= dict.fromkeys(("keys", "values", "dk", "dv"), chunk.pairs * tile_k * config.head_dim * size)
-        scratch["dprobs"] = scratch["scores"]
+        tile_k = min(chunk.tiles.keys, config.seqlen_k)
+        # Nobody's keys are needed by more queries than the first.
+        tile_q = max(tile.stop - tile.start for tile in chunk.query_tiles(0, tile_k))
+        queries = chunk.pairs * heads * config.seqlen_q  # rows of the chunk
+        rows = chunk.pairs * heads * tile_q
+        scratch = dict.fromkeys(("queries", "dout"), queries * head_dim * size)
+        scratch |= {"dq": queries * head_dim * wide, "lse": queries * wide, "delta": queries * wide}
+        scratch["out"] = chunk.pairs * heads * min(LARGEST, config.seqlen_q) * head_dim * wide
+        scratch |= dict.fromkeys(("keys", "values"), chunk.pairs * tile_k * head_dim * size)
+        scratch |= dict.fromkeys(("dk", "dv"), chunk.pairs * tile_k * head_dim * wide)
+        scratch |= dict.fromkeys(("scores", "dprobs"), rows * tile_k * size)
+        scratch["product"] = max(rows, chunk.pairs * tile_k if size != wide else 0) * head_dim * size
     return Tiling(tile_q, tile_k, chunk.heads_per_key, size, scratch)
 
 

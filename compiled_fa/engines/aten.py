@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hardware import fast_bfloat16
 from ..problem import Direction, Packed, Problem
 from ..scores import Window
 
@@ -24,6 +25,7 @@ _backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_fo
 
 WIDENED_BYTES = 32 << 20  # of fp32 copies at a time, where half precision is computed in fp32
 LONG = 96  # mean tokens of packed sequences from which a call for each of them pays
+FEW = 256  # tokens up to which nothing beats a single call
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -50,10 +52,14 @@ def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
 
 
 def slower(problem: Problem, direction: Direction) -> bool:
-    """Is another engine faster at a call that this one could serve?"""
-    if direction == "backward":
-        return True
-    return problem.packed is not None and problem.q.shape[0] < LONG * problem.batch
+    """Is another engine faster at a call that this one could serve? As measured: bench/NOTES.md."""
+    q, packed = problem.q, problem.packed
+    seqlen = q.shape[1] if packed is None else q.shape[0] // max(1, problem.batch)
+    if packed is not None and seqlen < LONG:
+        return True  # short sequences side by side
+    if q.dtype == torch.bfloat16 and fast_bfloat16():
+        return seqlen >= FEW or direction == "backward"
+    return direction == "backward" and seqlen > FEW and problem.window_in_force != Window()
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -73,19 +79,20 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None) -> Gradients:
     """-> dq, dk, dv, from the lse given, which may be merged over more keys than these; dlse: its gradient, or None."""
     q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
-    gradients = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     if packed is None:
-        _differentiate(problem, (q, dout, out), (k, v), lse, dlse, gradients)
-        return gradients
+        return _differentiate(problem, (q, dout, out), (k, v), lse, dlse)
+    gradients = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for queries, keys in _sequences(packed):
-        _differentiate(
+        rows_q, rows_k = (slice(None), queries), (slice(None), keys)
+        one = _differentiate(
             problem,
-            (q[None, queries], dout[None, queries], out[None, queries]),
-            (k[None, keys], v[None, keys]),
+            (q[None][rows_q], dout[None][rows_q], out[None][rows_q]),
+            (k[None][rows_k], v[None][rows_k]),
             lse[None, :, queries],
             dlse[None, :, queries] if dlse is not None else None,
-            (gradients[0][None, queries], gradients[1][None, keys], gradients[2][None, keys]),
         )
+        for gradient, rows, of_one in zip(gradients, (queries, keys, keys), one, strict=True):
+            gradient[rows] = of_one[0]
     return gradients
 
 
@@ -171,15 +178,15 @@ def _differentiate(
     of_keys: tuple[Tensor, Tensor],
     lse: Tensor,
     dlse: Tensor | None,
-    gradients: Gradients,
-) -> None:
-    """Adds to gradients of (B, S, H, D); of_queries: q, dout and out; of_keys: k and v."""
+) -> Gradients:
+    """-> dq, dk, dv (B, S, H, D); of_queries: q, dout and out; of_keys: k and v."""
     q, k = of_queries[0], of_keys[0]
     if q.dtype != torch.float16 and dlse is None:
-        return _differentiate_in_place_of_sdpa(problem, of_queries, of_keys, lse, gradients)
+        return _differentiate_in_place_of_sdpa(problem, of_queries, of_keys, lse)
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
     for sequences, heads, heads_k in _pieces(q, k):
         queries, keys = (sequences, slice(None), heads), (sequences, slice(None), heads_k)
-        wide = q.dtype if q.dtype == torch.float64 else torch.float32
+        wide = problem.lse_dtype
         piece_q, piece_dout, piece_out = (x[queries].to(wide) for x in of_queries)
         piece_k, piece_v = (x[keys].to(wide) for x in of_keys)
         if dlse is not None:
@@ -188,30 +195,29 @@ def _differentiate(
             piece_q, piece_k, piece_v = (torch.nn.functional.pad(x, (0, 1)) for x in (piece_q, piece_k, piece_v))
             piece_dout = torch.cat([piece_dout, torch.ones_like(column)], -1)
             piece_out = torch.cat([piece_out, -column], -1)
-        wide_gradients = torch.zeros_like(piece_q), torch.zeros_like(piece_k), torch.zeros_like(piece_v)
-        _differentiate_in_place_of_sdpa(
-            problem, (piece_q, piece_dout, piece_out), (piece_k, piece_v), lse[sequences, heads], wide_gradients
+        piece = _differentiate_in_place_of_sdpa(
+            problem, (piece_q, piece_dout, piece_out), (piece_k, piece_v), lse[sequences, heads]
         )
-        for gradient, rows, wide_gradient in zip(gradients, (queries, keys, keys), wide_gradients, strict=True):
-            gradient[rows] += wide_gradient[..., : gradient.shape[-1]]
-    return None
+        for gradient, rows, of_piece in zip(gradients, (queries, keys, keys), piece, strict=True):
+            gradient[rows] = of_piece[..., : gradient.shape[-1]]
+    return gradients
 
 
 def _differentiate_in_place_of_sdpa(
-    problem: Problem,
-    of_queries: tuple[Tensor, Tensor, Tensor],
-    of_keys: tuple[Tensor, Tensor],
-    lse: Tensor,
-    gradients: Gradients,
-) -> None:
+    problem: Problem, of_queries: tuple[Tensor, Tensor, Tensor], of_keys: tuple[Tensor, Tensor], lse: Tensor
+) -> Gradients:
     q, dout, out = (_kernels_layout(x) for x in of_queries)
     k, v = (_kernels_layout(x) for x in of_keys)
-    dq, dk, dv = (x.transpose(1, 2) for x in gradients)
-    for first, seen, causal in _parts(problem, q.shape[2], k.shape[2]) if q.shape[0] else []:
-        part_q, part_dout, part_out = (x[:, :, first:] for x in (q, dout, out))
-        part = _backward(
-            *(part_dout, part_q, k[:, :, seen], v[:, :, seen], part_out, lse[:, :, first:], 0.0, causal),
-            scale=problem.softmax_scale,
-        )
-        for gradient, added in zip((dq[:, :, first:], dk[:, :, seen], dv[:, :, seen]), part, strict=True):
-            gradient += added
+    scale = problem.softmax_scale
+    parts = _parts(problem, q.shape[2], k.shape[2]) if q.shape[0] else []
+    if len(parts) == 1 and parts[0] == (0, slice(0, k.shape[2]), parts[0][2]):
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, parts[0][2], scale=scale)
+    else:
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for first, seen, causal in parts:
+            part_q, part_dout, part_out = (x[:, :, first:] for x in (q, dout, out))
+            part_k, part_v, part_lse = k[:, :, seen], v[:, :, seen], lse[:, :, first:]
+            part = _backward(part_dout, part_q, part_k, part_v, part_out, part_lse, 0.0, causal, scale=scale)
+            for gradient, added in zip((dq[:, :, first:], dk[:, :, seen], dv[:, :, seen]), part, strict=True):
+                gradient += added
+    return dq.transpose(1, 2).contiguous(), dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous()

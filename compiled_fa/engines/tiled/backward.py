@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...problem import Problem
 from .call import Call
-from .chunks import Chunk
-from .tiles import TileSizes
+from .chunks import Chunk, spans
+from .products import Sum
+from .tiles import LARGEST, TileSizes
 
 
 def backward(
@@ -26,11 +27,7 @@ def backward(
     dlse: gradient of lse, or None where it is not used. tiles: sizes to use in place of those of tiles.py.
     """
     call = Call(problem, tiles)
-    gradients = (
-        problem.q.new_zeros(problem.q.shape),
-        problem.k.new_zeros(problem.k.shape),
-        problem.v.new_zeros(problem.v.shape),
-    )
+    gradients = call.results(problem.q.shape), call.results(problem.k.shape), call.results(problem.v.shape)
     with call:
         for chunk in call.chunks("backward"):
             _backward_chunk(call, chunk, dout, out, lse, dlse, *gradients)
@@ -49,43 +46,49 @@ def _backward_chunk(
     dv: Tensor,
 ) -> None:
     problem, scratch = call.problem, call.scratch
-    pairs, heads = chunk.pairs, chunk.heads_per_key
+    pairs, heads, dtype = chunk.pairs, chunk.heads_per_key, call.product_dtype(chunk.lengths_q[1], chunk.lengths_k[1])
+    q_total, head_dim = chunk.lengths_q[1], problem.q.shape[-1]
     # The query side of the whole chunk stays at hand, and dQ grows beside it: the outer loop is over keys.
     at = call.indices(chunk)
-    queries, douts, lses, deltas, dqs = [], [], [], [], []
-    for start, stop in chunk.query_spans():
-        queries.append(call.load_queries("queries", problem.q, chunk, start, stop))
-        douts.append(call.load_queries("dout", dout, chunk, start, stop))
-        tile_out = call.load_queries("out", out, chunk, start, stop)
-        delta = (douts[-1] * tile_out).sum(-1)  # line 4: D = rowsum(dO * O)
-        if dlse is not None:
-            delta -= call.load_queries("dlse", call.as_rows(dlse), chunk, start, stop)[..., 0]
-        tile_lse = call.load_queries("lse", call.as_rows(lse), chunk, start, stop)
-        lses.append(tile_lse.masked_fill_(tile_lse == -inf, inf).view(pairs, heads, -1))
-        deltas.append(delta.view(pairs, heads, -1))
-        dqs.append(call.query_buffer("dq", chunk, start, stop, problem.q.shape[-1]).zero_())
+    queries = call.load_queries("queries", problem.q, chunk, 0, q_total, dtype)
+    douts = call.load_queries("dout", dout, chunk, 0, q_total, dtype)
+    lses = call.load_queries("lse", call.as_rows(lse), chunk, 0, q_total).view(pairs, q_total, heads)
+    lses.masked_fill_(lses == -inf, inf)
+    deltas = _deltas(call, chunk, douts, out, dlse).view(pairs, q_total, heads)
+    tile_dq = scratch.take("dq", (pairs, q_total * heads, head_dim), call.dtype).zero_()
     for k_start, k_stop in chunk.key_spans():
-        keys = call.load_keys("keys", problem.k, chunk, k_start, k_stop)
-        values = call.load_keys("values", problem.v, chunk, k_start, k_stop)
-        tile_dk = scratch.take("dk", keys.shape, call.dtype).zero_()
-        tile_dv = scratch.take("dv", values.shape, call.dtype).zero_()
-        for number, (q_start, q_stop) in enumerate(chunk.query_spans()):
-            tile = chunk.tile_at(q_start, q_stop, k_start, k_stop)
-            if tile is None:
-                continue
-            shape = (pairs, heads, q_stop - q_start, k_stop - k_start)
-            scores = scratch.take("scores", shape, call.dtype)
-            dprobs = scratch.take("dprobs", shape, call.dtype)
+        keys = call.load_keys("keys", problem.k, chunk, k_start, k_stop, dtype)
+        values = call.load_keys("values", problem.v, chunk, k_start, k_stop, dtype)
+        # Transposed, because a short and wide product is faster than a tall and narrow one.
+        dk_sum = Sum(scratch.take("dk", (pairs, head_dim, k_stop - k_start), call.dtype), scratch)
+        dv_sum = Sum(scratch.take("dv", (pairs, values.shape[-1], k_stop - k_start), call.dtype), scratch)
+        for q_start, q_stop, masked in chunk.query_tiles(k_start, k_stop):
+            rows = slice(q_start * heads, q_stop * heads)
+            shape = (pairs, q_stop - q_start, heads, k_stop - k_start)
+            scores, dprobs = scratch.take("scores", shape, dtype), scratch.take("dprobs", shape, dtype)
             flat_scores, flat_dprobs = scores.flatten(1, 2), dprobs.flatten(1, 2)
-            torch.bmm(queries[number], keys.mT, out=flat_scores)  # line 10: S = Q Kᵀ
-            torch.bmm(douts[number], values.mT, out=flat_dprobs)  # line 13: dP = dO Vᵀ
-            call.kernels.gradient_step(
-                scores, dprobs, lses[number], deltas[number], at(q_start, q_stop, tile), tile.masked
-            )
-            tile_dv.baddbmm_(flat_scores.mT, douts[number])  # line 12: dV += Pᵀ dO
-            dqs[number].baddbmm_(flat_dprobs, keys)  # line 15: dQ += dS K
-            tile_dk.baddbmm_(flat_dprobs.mT, queries[number])  # line 16: dK += dSᵀ Q
-        call.store_keys(dk, chunk, k_start, k_stop, tile_dk)
-        call.store_keys(dv, chunk, k_start, k_stop, tile_dv)
-    for number, (start, stop) in enumerate(chunk.query_spans()):
-        call.store_queries(dq, chunk, start, stop, dqs[number].view(pairs, heads, stop - start, -1))
+            torch.bmm(queries[:, rows], keys.mT, out=flat_scores)  # line 10: S = Q Kᵀ
+            torch.bmm(douts[:, rows], values.mT, out=flat_dprobs)  # line 13: dP = dO Vᵀ
+            indices = at(q_start, q_stop, k_start, k_stop)
+            chosen = slice(q_start, q_stop)
+            call.kernels.gradient_step(scores, dprobs, lses[:, chosen], deltas[:, chosen], indices, masked)
+            dv_sum.add(douts[:, rows].mT, flat_scores)  # line 12: dVᵀ += dOᵀ P
+            dq_product = scratch.take("product", (pairs, rows.stop - rows.start, head_dim), dtype)
+            tile_dq[:, rows].add_(torch.bmm(flat_dprobs, keys, out=dq_product))  # line 15: dQ += dS K
+            dk_sum.add(queries[:, rows].mT, flat_dprobs)  # line 16: dKᵀ += Qᵀ dS
+        call.store_keys(dk, chunk, k_start, k_stop, dk_sum.finished().mT)
+        call.store_keys(dv, chunk, k_start, k_stop, dv_sum.finished().mT)
+    call.store_queries(dq, chunk, 0, q_total, tile_dq)
+
+
+def _deltas(call: Call, chunk: Chunk, douts: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """D = rowsum(dO * O) (line 4), less the gradient of lse: (pairs, rows of the chunk's queries)."""
+    deltas = call.scratch.take("delta", tuple(douts.shape[:2]), call.dtype)
+    heads = chunk.heads_per_key
+    for start, stop in spans(0, chunk.lengths_q[1], LARGEST):
+        rows = slice(start * heads, stop * heads)
+        tile_out = call.load_queries("out", out, chunk, start, stop)
+        torch.sum(tile_out.mul_(douts[:, rows]), -1, out=deltas[:, rows])
+        if dlse is not None:
+            deltas[:, rows].sub_(call.load_queries("dlse", call.as_rows(dlse), chunk, start, stop)[..., 0])
+    return deltas

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from ...problem import Direction, Problem
 from ...scores import Window
 from . import chunks as chunking
-from .chunks import Chunk, Tile
+from . import products
+from .chunks import Chunk
 from .kernels import Kernels
 from .rows import DenseRows, PackedRows, PagedRows, Rows
 from .scratch import Scratch
@@ -19,27 +20,31 @@ from .tiles import TileSizes, choose
 
 
 class Call:
-    """Loads and stores tiles in the dtype of the arithmetic (fp32, fp64 for fp64), with pairs before rows.
+    """Loads and stores tiles, with pairs of (sequence, key head) before rows.
 
-    A tile of queries is (pairs, heads_per_key * queries, head_dim): the query heads that read one key head lie one
-    after another, so that GQA is a taller product and never a copy of k or v.
+    A tile of queries is (pairs, queries * heads_per_key, head_dim): the query heads that read one key head lie side by
+    side, so that GQA is a taller product and never a copy of k or v, and queries start to stop are consecutive rows.
     """
 
     def __init__(self, problem: Problem, tiles: TileSizes | None) -> None:
         self.problem = problem
-        self.dtype = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
+        self.dtype = problem.lse_dtype  # of the arithmetic: fp32, fp64 for fp64
         self.keep_probability = 1.0 - problem.dropout_p
         self.scratch = Scratch(problem.q.device)
         self.heads_per_key = problem.q.shape[-2] // max(1, problem.k.shape[-2])
         self._tiles = tiles
         self._lay_out()
-        self.kernels = Kernels(self.program, problem.batch, self.keep_probability, self.dtype, problem.q.device)
+        self.kernels = Kernels(
+            self.program, problem.batch, self.keep_probability, self.dtype, problem.q.device, self._some_masked
+        )
 
     def _lay_out(self) -> None:
         """Where the sequences lie. Packed lengths are read on the host: it decides which tiles run."""
         problem, packed = self.problem, self.problem.packed
         self._query_rows: Rows = DenseRows(problem.batch, problem.q.device)
         self._key_rows: Rows = self._query_rows
+        self._window = problem.window_in_force
+        self._some_masked = packed is not None or self._window != Window()
         if packed is None:
             lengths = problem.q.shape[1], problem.k.shape[1]
             self._lengths = [lengths] * problem.batch
@@ -51,7 +56,9 @@ class Call:
             self.program = problem.program(lengths_q, lengths_k)
             longest = max((max(pair) for pair in self._lengths), default=0)
             self._query_rows = PackedRows(packed.cu_seqlens_q[:-1], lengths_q)
-            if packed.block_table is None:
+            if packed.cu_seqlens_k is packed.cu_seqlens_q and packed.block_table is None:
+                self._key_rows = self._query_rows
+            elif packed.block_table is None:
                 self._key_rows = PackedRows(packed.cu_seqlens_k[:-1], lengths_k)
             else:
                 self._key_rows = PagedRows(packed.block_table, problem.k.shape[1], lengths_k)
@@ -69,76 +76,80 @@ class Call:
     def chunks(self, direction: Direction) -> Iterator[Chunk]:
         problem = self.problem
         head_dims = problem.q.shape[-1] + problem.v.shape[-1]
+        banded = self._window != Window()
 
         def sizes(seqlen_q: int, seqlen_k: int) -> TileSizes:
             if self._tiles is not None:
                 return self._tiles
-            bytes_per_row = head_dims * self.dtype.itemsize
-            banded = self.program.window != Window()
-            return choose(direction, seqlen_q, seqlen_k, self.heads_per_key, bytes_per_row, banded)
+            itemsize = self.product_dtype(seqlen_q, seqlen_k).itemsize
+            return choose(direction, seqlen_q, seqlen_k, self.heads_per_key, head_dims, itemsize, banded)
 
-        return chunking.chunks(
-            self._lengths,
-            problem.k.shape[-2],
-            self.heads_per_key,
-            problem.window,
-            sizes,
-        )
+        return chunking.chunks(self._lengths, problem.k.shape[-2], self.heads_per_key, self._window, sizes)
+
+    def product_dtype(self, seqlen_q: int, seqlen_k: int) -> torch.dtype:
+        """Of the matrix products' operands, for sequences of at most these lengths."""
+        return products.dtype(self.problem.q, self.dtype, (seqlen_q * self.heads_per_key, seqlen_k))
+
+    def results(self, shape: Sequence[int]) -> Tensor:
+        """out or a gradient, to be stored into: zeros where a sequence without queries or keys leaves rows alone."""
+        q = self.problem.q
+        return q.new_zeros(shape) if any(0 in pair for pair in self._lengths) else q.new_empty(shape)
 
     def as_rows(self, per_row: Tensor) -> Tensor:
         """lse or its gradient, (B, H, Sq) or (H, T), as a tensor of rows like q with one column."""
         return per_row.mT[..., None]
 
-    def query_buffer(self, name: str, chunk: Chunk, start: int, stop: int, columns: int) -> Tensor:
-        """Scratch (pairs, heads_per_key * rows, columns) for rows start to stop; those of a chunk find room."""
-        rows = chunk.pairs * chunk.heads_per_key
-        buffer = self.scratch.take(name, (rows * chunk.lengths_q[1] * columns,), self.dtype)
-        return buffer[rows * start * columns : rows * stop * columns].view(chunk.pairs, -1, columns)
-
-    def load_queries(self, name: str, tensor: Tensor, chunk: Chunk, start: int, stop: int) -> Tensor:
-        """Rows of q, dout, ... -> (pairs, heads_per_key * rows, columns) in scratch `name`."""
-        rows = self._query_rows.load(tensor, chunk.sequences, start, stop, chunk.query_heads).transpose(1, 2)
-        buffer = self.query_buffer(name, chunk, start, stop, tensor.shape[-1])
-        buffer.view(rows.shape).copy_(rows)
-        return buffer
+    def load_queries(
+        self, name: str, tensor: Tensor, chunk: Chunk, start: int, stop: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Rows of q, dout, ... -> (pairs, rows * heads_per_key, columns) in scratch `name`."""
+        shape = (chunk.pairs, (stop - start) * chunk.heads_per_key, tensor.shape[-1])
+        tile = self.scratch.take(name, shape, dtype or self.dtype)
+        self._query_rows.load(tile, tensor, chunk.sequences, start, stop, chunk.query_heads)
+        return tile
 
     def store_queries(self, tensor: Tensor, chunk: Chunk, start: int, stop: int, tile: Tensor) -> None:
-        """(pairs, heads_per_key, rows, columns) -> rows of dq, out, ..."""
-        rows = tile.reshape(len(chunk.sequences), -1, *tile.shape[2:]).transpose(1, 2)
-        self._query_rows.store(tensor, chunk.sequences, start, stop, chunk.query_heads, rows)
+        """(pairs, rows * heads_per_key, columns) -> rows of dq, out, ..."""
+        self._query_rows.store(tile, tensor, chunk.sequences, start, stop, chunk.query_heads)
 
     def load_keys(
-        self, name: str, tensor: Tensor, chunk: Chunk, start: int, stop: int, used_once: bool = False
+        self,
+        name: str,
+        tensor: Tensor,
+        chunk: Chunk,
+        start: int,
+        stop: int,
+        dtype: torch.dtype | None = None,
+        used_once: bool = False,
     ) -> Tensor:
         """Rows of k or v -> (pairs, rows, head_dim): in scratch `name`, or a view where a copy would not pay."""
-        rows = self._key_rows.load(tensor, chunk.sequences, start, stop, chunk.key_heads).transpose(1, 2)
-        if used_once and rows.dtype == self.dtype and rows.shape[0] == 1:
-            return rows[0]
-        buffer = self.scratch.take(name, (chunk.pairs, stop - start, tensor.shape[-1]), self.dtype)
-        buffer.view(rows.shape).copy_(rows)
-        return buffer
+        dtype = dtype or self.dtype
+        if used_once and tensor.dtype == dtype and len(chunk.sequences) == 1:
+            rows = self._key_rows.view(tensor, chunk.sequences, start, stop, chunk.key_heads)
+            if rows is not None:
+                return rows[0].transpose(0, 1)
+        tile = self.scratch.take(name, (chunk.pairs, stop - start, tensor.shape[-1]), dtype)
+        self._key_rows.load(tile, tensor, chunk.sequences, start, stop, chunk.key_heads)
+        return tile
 
     def store_keys(self, tensor: Tensor, chunk: Chunk, start: int, stop: int, tile: Tensor) -> None:
         """(pairs, rows, head_dim) -> rows of dk or dv."""
-        rows = tile.view(len(chunk.sequences), -1, *tile.shape[1:]).transpose(1, 2)
-        self._key_rows.store(tensor, chunk.sequences, start, stop, chunk.key_heads, rows)
+        self._key_rows.store(tile, tensor, chunk.sequences, start, stop, chunk.key_heads)
 
-    def indices(self, chunk: Chunk) -> Callable[[int, int, Tile], Indices]:
-        """-> (q_start, q_stop, tile) -> where that tile of the chunk lies."""
+    def indices(self, chunk: Chunk) -> Callable[[int, int, int, int], Indices]:
+        """-> (q_start, q_stop, k_start, k_stop) -> where that tile of the chunk lies."""
         keys = chunk.key_heads.stop - chunk.key_heads.start
         sequences = self._query_rows.numbers(chunk.sequences)
         batch = sequences.repeat_interleave(keys)[:, None, None, None]
-        head = self._heads[chunk.query_heads].view(keys, -1).repeat(len(sequences), 1)[:, :, None, None]
-
-        queries = self._positions[: chunk.lengths_q[1], None]
+        head = self._heads[chunk.query_heads].view(keys, -1).repeat(len(sequences), 1)[:, None, :, None]
+        queries = self._positions[: chunk.lengths_q[1], None, None]
         dropout = self.program.dropout
         rows = dropout.row(batch, head, queries) if dropout is not None else None
 
-        def at(q_start: int, q_stop: int, tile: Tile) -> Indices:
-            keys = self._positions[tile.start : tile.stop]
+        def at(q_start: int, q_stop: int, k_start: int, k_stop: int) -> Indices:
+            places = batch, head, queries[q_start:q_stop], self._positions[k_start:k_stop]
             if rows is None:
-                return Indices(batch, head, queries[q_start:q_stop], keys)
-            low, high = (half[:, :, q_start:q_stop].contiguous() for half in rows)
-            return Indices(batch, head, queries[q_start:q_stop], keys, (low, high))
+                return Indices(*places)
+            return Indices(*places, (rows[0][:, q_start:q_stop], rows[1][:, q_start:q_stop]))
 
         return at

@@ -10,18 +10,27 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...scores import Window
-from .tiles import LARGEST, TileSizes
+from .tiles import TileSizes
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Keys start to stop (exclusive) against some queries; masked: the score program's mask has something to hide."""
+class Tile(NamedTuple):
+    """Keys start to stop (exclusive) against some queries, or queries against some keys.
+
+    masked: the score program's mask has something to hide there.
+    """
 
     start: int
     stop: int
     masked: bool
+
+
+NOTHING = (0, 0)
+ALONE = 128  # longer sequences are work enough by themselves
+MANY = 4  # sequences of one length, on average, to group by it
+SMALL = 256  # keys or queries that are rather one tile with a mask than two smaller ones
 
 
 def spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -55,39 +64,57 @@ class Chunk:
     def key_spans(self) -> list[tuple[int, int]]:
         return spans(0, self.lengths_k[1], self.tiles.keys)
 
-    def _needed_and_full(self, q_start: int, q_stop: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Keys that any, and keys that every query q_start..q_stop of every sequence sees."""
+    def key_tiles(self, q_start: int, q_stop: int) -> list[Tile]:
+        """The keys that queries q_start..q_stop need, in tiles."""
         first, last = q_start + self.offsets[0], q_stop - 1 + self.offsets[1]
         needed = self.window.keys_seen_by_any(first, last, self.lengths_k[1])
-        full = self.window.keys_seen_by_all(first, last, self.lengths_k[0])
-        return needed, full if q_stop <= self.lengths_q[0] else (0, 0)
+        full = self.window.keys_seen_by_all(first, last, self.lengths_k[0]) if q_stop <= self.lengths_q[0] else NOTHING
+        return _tiles(needed, full, self.tiles.keys)
 
-    def key_tiles(self, q_start: int, q_stop: int) -> list[Tile]:
-        """The tiles that queries q_start..q_stop need, cut where the mask begins: only its rims pay for it."""
-        (start, stop), (full_start, full_stop) = self._needed_and_full(q_start, q_stop)
-        size = self.tiles.keys
-        if stop - start <= size:
-            return [Tile(start, stop, not full_start <= start <= stop <= full_stop)] if start < stop else []
-        full_start, full_stop = max(start, full_start), min(stop, full_stop)
-        if full_start >= full_stop:
-            return [Tile(*span, True) for span in spans(start, stop, size)]
-        parts = ((start, full_start, True), (full_start, full_stop, False), (full_stop, stop, True))
-        return [Tile(*span, masked) for first, last, masked in parts for span in spans(first, last, size)]
+    def query_tiles(self, k_start: int, k_stop: int) -> list[Tile]:
+        """The queries that need keys k_start..k_stop, in tiles."""
+        least, greatest = self.offsets  # of a query's position from its number
+        limits = least, self.lengths_q[1] + greatest
+        start, stop = self.window.positions_that_see_any(k_start, k_stop - 1, *limits)
+        needed = max(start - greatest, 0), min(stop - least, self.lengths_q[1])
+        start, stop = self.window.positions_that_see_all(k_start, k_stop - 1, *limits)
+        full = max(start - least, 0), min(stop - greatest, self.lengths_q[0])
+        return _tiles(needed, full if k_stop <= self.lengths_k[0] else NOTHING, self.tiles.queries)
 
-    def tile_at(self, q_start: int, q_stop: int, k_start: int, k_stop: int) -> Tile | None:
-        """The tile of these queries and keys, if any of them meet."""
-        (start, stop), (full_start, full_stop) = self._needed_and_full(q_start, q_stop)
-        if k_start >= stop or k_stop <= start:
-            return None
-        return Tile(k_start, k_stop, not full_start <= k_start <= k_stop <= full_stop)
+
+def _tiles(needed: tuple[int, int], full: tuple[int, int], size: int) -> list[Tile]:
+    """The needed interval in tiles, cut where the mask begins and ends: only its rims pay for it."""
+    start, stop = needed
+    full_start, full_stop = max(start, full[0]), min(stop, full[1])
+    if full_start >= full_stop or stop - start <= min(size, SMALL):
+        return [Tile(*span, (full_start, full_stop) != needed) for span in spans(start, stop, size)]
+    parts = ((start, full_start, True), (full_start, full_stop, False), (full_stop, stop, True))
+    return [Tile(*span, masked) for first, last, masked in parts for span in spans(first, last, size)]
 
 
 def _rounded(length: int) -> int:
     """Lengths that share a group: up to a quarter longer than the shortest; long ones only with their like."""
-    if length <= 8 or length > LARGEST:
+    if length <= 8 or length > ALONE:
         return length
     step = max(2, 1 << (length.bit_length() - 3))
     return -(-length // step) * step
+
+
+def _groups(lengths: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    """Sequences that run together, by a length that holds them all.
+
+    Those of one length where there are many of each: then nothing is padded, and nothing hidden.
+    """
+    exact: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for sequence, (seqlen_q, seqlen_k) in enumerate(lengths):
+        if seqlen_q and seqlen_k:
+            exact[seqlen_q, seqlen_k].append(sequence)
+    if sum(map(len, exact.values())) >= MANY * len(exact):
+        return exact
+    rounded: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for (seqlen_q, seqlen_k), sequences in exact.items():
+        rounded[_rounded(seqlen_q), _rounded(seqlen_k)] += sequences
+    return rounded
 
 
 def chunks(
@@ -101,11 +128,7 @@ def chunks(
 
     lengths: (seqlen_q, seqlen_k) of every sequence. sizes: tile sizes for given lengths.
     """
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for sequence, (seqlen_q, seqlen_k) in enumerate(lengths):
-        if seqlen_q and seqlen_k:
-            groups[_rounded(seqlen_q), _rounded(seqlen_k)].append(sequence)
-    for (seqlen_q, seqlen_k), members in groups.items():
+    for (seqlen_q, seqlen_k), members in _groups(lengths).items():
         tiles = sizes(seqlen_q, seqlen_k)
         at_once = max(1, tiles.pairs // nheads_k)
         heads_at_once = min(nheads_k, tiles.pairs)

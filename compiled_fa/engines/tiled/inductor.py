@@ -24,7 +24,7 @@ from ...inductor import Compiled, Size, say_once
 Step = Callable[..., None]
 
 # Typical sizes: small leading ones make Inductor spread rows over threads, not pairs of heads.
-TYPICAL = {"p": 4, "g": 3, "m": 509, "n": 521, "d": 67, "batch": 5, "nheads": 7}
+TYPICAL = {"p": 4, "m": 509, "g": 3, "n": 521, "d": 67, "batch": 5, "nheads": 7}
 
 _CONFIG: dict[str, Any] = {
     "cpp.dynamic_threads": True,  # as many threads as torch.set_num_threads says when called
@@ -55,9 +55,17 @@ def compiler() -> str | None:
         return None
 
 
-def example(size: Size, *shape: str, dtype: torch.dtype) -> Tensor:
-    """A tensor to trace with: dimensions named as in TYPICAL, or "1"."""
-    return torch.empty([size(name, TYPICAL[name]) if name in TYPICAL else int(name) for name in shape], dtype=dtype)
+def example(size: Size, *shape: str, dtype: torch.dtype, of_larger: bool = False) -> Tensor:
+    """A tensor to trace with: dimensions named as in TYPICAL, or "1".
+
+    of_larger: contiguous but for the first stride, as rows of a larger buffer are. Such a tensor is for reading only:
+    Inductor would write to another and copy.
+    """
+    sizes = [size(name, TYPICAL[name]) if name in TYPICAL else int(name) for name in shape]
+    if not of_larger:
+        return torch.empty(sizes, dtype=dtype)
+    inner = torch.empty(sizes[1:], dtype=dtype)
+    return torch.empty_strided(sizes, (size("stride of " + ", ".join(shape), 1 << 22), *inner.stride()), dtype=dtype)
 
 
 def compiled(key: object, step: Step, examples: Callable[[Size], Sequence[Tensor]]) -> Compiled | None:

@@ -27,33 +27,46 @@ class Features:
     dropout: bool
     masked: bool
     dtype: torch.dtype
+    product_dtype: torch.dtype  # of scores and dprobs
 
     @property
     def plain(self) -> bool:
         return not (self.softcap or self.alibi or self.dropout)
 
 
+TILE, ROWS = ("p", "m", "g", "n"), ("p", "m", "g")  # shapes, in the words of steps.py
+
 Kernel = Callable[[Features], Compiled | None]
 
 
 class Kernels:
-    """softmax_step and gradient_step of steps.py for one call's score program."""
+    """softmax_step and gradient_step of steps.py for one call's score program.
+
+    some_masked: some tiles of the call may have something to hide.
+    """
 
     def __init__(
-        self, program: ScoreProgram, batch: int, keep_probability: float, dtype: torch.dtype, device: torch.device
+        self,
+        program: ScoreProgram,
+        batch: int,
+        keep_probability: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        some_masked: bool = True,
     ) -> None:
         self._program = program
         self._batch = batch
         self._keep_probability = keep_probability
         self._dtype = dtype
+        self._some_masked = some_masked
         self._may_compile = device.type == "cpu"
         self._numbers: list[Tensor] | None = None
-        self._found: dict[tuple[Kernel, bool], Compiled | None] = {}
+        self._found: dict[tuple[Kernel, bool, torch.dtype], Compiled | None] = {}
 
     def softmax_step(
         self, scores: Tensor, row_max: Tensor, row_sum: Tensor, accumulator: Tensor, indices: Indices, masked: bool
     ) -> None:
-        run = self._compiled(_softmax_kernel, masked)
+        run = self._compiled(_softmax_kernel, masked, scores.dtype)
         if run is not None:
             run([scores, row_max, row_sum, accumulator, *_flat(indices), *self._arguments()])
         else:
@@ -62,31 +75,34 @@ class Kernels:
     def gradient_step(
         self, scores: Tensor, dprobs: Tensor, lse: Tensor, delta: Tensor, indices: Indices, masked: bool
     ) -> None:
-        run = self._compiled(_gradient_kernel, masked)
+        run = self._compiled(_gradient_kernel, masked, scores.dtype)
         if run is not None:
             run([scores, dprobs, lse, delta, *_flat(indices), *self._arguments()])
         else:
             steps.gradient_step(scores, dprobs, lse, delta, indices, self._program, masked, self._keep_probability)
 
-    def _compiled(self, kernel: Kernel, masked: bool) -> Compiled | None:
+    def _compiled(self, kernel: Kernel, masked: bool, product_dtype: torch.dtype) -> Compiled | None:
         """Machine code for this call's features, looked up once a call; None: run the step eagerly."""
         if not self._may_compile:
             return None
-        if (kernel, masked) not in self._found:
-            self._found[kernel, masked] = kernel(self._features(masked))
-        return self._found[kernel, masked]
+        key = kernel, masked, product_dtype
+        if key not in self._found:
+            self._found[key] = kernel(self._features(masked, product_dtype))
+        return self._found[key]
 
-    def _features(self, masked: bool) -> Features:
+    def _features(self, masked: bool, product_dtype: torch.dtype) -> Features:
         program = self._program
         features = Features(
             program.softcap is not None,
             program.alibi_slopes is not None,
             program.dropout is not None,
-            True,
+            masked,
             self._dtype,
+            product_dtype,
         )
-        # Masks cost little beside softcap, ALiBi or dropout: only plain scores have code without them, too.
-        return replace(features, masked=masked) if features.plain else features
+        # Beside softcap, ALiBi or dropout a mask costs little, and code for tiles without one is only compiled for
+        # calls that have no other tiles.
+        return features if features.plain or not self._some_masked else replace(features, masked=True)
 
     def _arguments(self) -> list[Tensor]:
         """The score program's numbers as tensors, in the order in which `_rebuilt` takes them."""
@@ -116,7 +132,7 @@ def _flat(indices: Indices) -> list[Tensor]:
 
 
 def _example_arguments(size: Size, features: Features) -> list[Tensor]:
-    indices = [("p", "1", "1", "1"), ("p", "g", "1", "1"), ("m", "1"), ("n",)]
+    indices = [("p", "1", "1", "1"), ("p", "1", "g", "1"), ("m", "1", "1"), ("n",)]
     examples = [example(size, *shape, dtype=torch.int32) for shape in [*indices, ("batch",), ("batch",), (), ()]]
     examples.append(example(size, dtype=features.dtype))
     if features.softcap:
@@ -124,7 +140,7 @@ def _example_arguments(size: Size, features: Features) -> list[Tensor]:
     if features.alibi:
         examples.append(example(size, "batch", "nheads", dtype=features.dtype))
     if features.dropout:
-        rows = [example(size, "p", "g", "m", "1", dtype=torch.int32) for _ in range(2)]
+        rows = [example(size, "p", "m", "g", "1", dtype=torch.int32, of_larger=True) for _ in range(2)]
         examples = [
             *examples[:4],
             *rows,
@@ -159,8 +175,9 @@ def _softmax_kernel(features: Features) -> Compiled | None:
         steps.softmax_step(scores, row_max, row_sum, accumulator, indices, program, features.masked)
 
     def examples(size: Size) -> list[Tensor]:
-        shapes = [("p", "g", "m", "n"), ("p", "g", "m"), ("p", "g", "m"), ("p", "g", "m", "d")]
-        return [example(size, *shape, dtype=features.dtype) for shape in shapes] + _example_arguments(size, features)
+        scores = example(size, *TILE, dtype=features.product_dtype)
+        rest = [example(size, *shape, dtype=features.dtype) for shape in (ROWS, ROWS, ("p", "m", "g", "d"))]
+        return [scores, *rest, *_example_arguments(size, features)]
 
     return inductor.compiled(("softmax", features), step, examples)
 
@@ -171,7 +188,8 @@ def _gradient_kernel(features: Features) -> Compiled | None:
         steps.gradient_step(scores, dprobs, lse, delta, indices, program, features.masked, keep_probability)
 
     def examples(size: Size) -> list[Tensor]:
-        shapes = [("p", "g", "m", "n"), ("p", "g", "m", "n"), ("p", "g", "m"), ("p", "g", "m")]
-        return [example(size, *shape, dtype=features.dtype) for shape in shapes] + _example_arguments(size, features)
+        tiles = [example(size, *TILE, dtype=features.product_dtype) for _ in range(2)]
+        rows = [example(size, *ROWS, dtype=features.dtype, of_larger=True) for _ in range(2)]
+        return [*tiles, *rows, *_example_arguments(size, features)]
 
     return inductor.compiled(("gradient", features), step, examples)

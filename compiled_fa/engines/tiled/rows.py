@@ -1,8 +1,8 @@
 """Reading and writing rows of dense, packed and paged tensors, some sequences and heads at a time.
 
-Each class answers `load(tensor, sequences, start, stop, heads)` with rows start to stop of these sequences, as
-(sequences, stop - start, heads, head_dim): a view where the layout allows one. Rows past the end of a sequence, which
-packed and paged sequences of unequal lengths have, come out 0, and `store` leaves them out.
+`load` fills a contiguous tile (sequences * key heads, rows * heads_per_key, head_dim) with rows start to stop of these
+sequences, and `store` is its inverse. Rows past the end of a sequence, which packed and paged sequences of unequal
+lengths have, come out 0, and are left out by `store`. `view` is the same rows where they lie, if they lie side by side.
 """
 
 from __future__ import annotations
@@ -17,11 +17,27 @@ from torch import Tensor
 class Rows(Protocol):
     def numbers(self, sequences: Sequence[int]) -> Tensor: ...
 
-    def load(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor: ...
+    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor | None: ...
+
+    def load(
+        self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
+    ) -> None: ...
 
     def store(
-        self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, values: Tensor
+        self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
     ) -> None: ...
+
+
+def _by_rows(tile: Tensor, rows: Tensor, pairs_per_sequence: int) -> Tensor:
+    """A tile's values in the order of `rows`, (sequences, rows, heads, head_dim)."""
+    sequences, count = rows.shape[:2]
+    by_pairs = tile.view(sequences, pairs_per_sequence, count, -1, rows.shape[-1])
+    return by_pairs.transpose(1, 2)
+
+
+def _split(rows: Tensor, pairs_per_sequence: int) -> Tensor:
+    """(sequences, rows, heads, head_dim) -> (sequences, rows, key heads, heads_per_key, head_dim)."""
+    return rows.view(*rows.shape[:2], pairs_per_sequence, -1, rows.shape[-1])
 
 
 class DenseRows:
@@ -34,73 +50,137 @@ class DenseRows:
         """The sequences as int32 (sequences,)."""
         return self._numbers[sequences[0] : sequences[-1] + 1]
 
-    def load(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor:
+    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor:
+        """(sequences, rows, heads, head_dim)."""
         return tensor[sequences[0] : sequences[-1] + 1, start:stop, heads]
 
+    def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
+        rows = self.view(tensor, sequences, start, stop, heads)
+        pairs = tile.shape[0] // len(sequences)
+        _by_rows(tile, rows, pairs).copy_(_split(rows, pairs))
+
     def store(
-        self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, values: Tensor
+        self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
     ) -> None:
-        tensor[sequences[0] : sequences[-1] + 1, start:stop, heads].copy_(values)
+        rows = self.view(tensor, sequences, start, stop, heads)
+        pairs = tile.shape[0] // len(sequences)
+        _split(rows, pairs).copy_(_by_rows(tile, rows, pairs))
 
 
 class PackedRows:
-    """(total, nheads, head_dim); sequence s is rows first[s] to first[s] + lengths[s]."""
+    """(total, nheads, head_dim); sequence s is rows first[s] to first[s] + lengths[s].
+
+    A sequence alone is a view. Several are gathered, row by row and head by head, by a table of where they lie.
+    """
 
     def __init__(self, first: Tensor, lengths: Tensor) -> None:
         self._first = first
         self._lengths = lengths
         self._single = list(zip(first.tolist(), lengths.tolist(), strict=True))
+        self._tables: dict[object, tuple[Tensor, Tensor | None]] = {}
+        self._tables_of: object = None
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def numbers(self, sequences: Sequence[int]) -> Tensor:
         return torch.tensor(sequences, dtype=torch.int32, device=self._first.device)
 
-    def _places(self, sequences: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Row numbers (sequences, stop - start) in the tensor, and which of them exist."""
-        chosen = self.numbers(sequences)
-        row = torch.arange(start, stop, device=self._first.device)
-        exists = row < self._lengths[chosen, None]
-        return (self._first[chosen, None] + row).where(exists, 0), exists
+    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor | None:
+        first, length = self._single[sequences[0]]
+        if len(sequences) > 1 or stop > length:
+            return None
+        return tensor[None, first + start : first + stop, heads]
 
-    def load(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor:
-        if len(sequences) == 1:
-            first, length = self._single[sequences[0]]
-            if stop <= length:
-                return tensor[None, first + start : first + stop, heads]
-        places, exists = self._places(sequences, start, stop)
-        return tensor[:, heads][places].masked_fill_(~exists[..., None, None], 0)
+    def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
+        rows = self.view(tensor, sequences, start, stop, heads)
+        pairs = tile.shape[0] // len(sequences)
+        if rows is not None:
+            _by_rows(tile, rows, pairs).copy_(_split(rows, pairs))
+            return
+        flat, places, missing = self._places(tensor, sequences, start, stop, heads, pairs)
+        into = tile.view(-1, tensor.shape[-1])
+        if tile.dtype == tensor.dtype:
+            torch.index_select(flat, 0, places, out=into)
+        else:
+            into.copy_(flat.index_select(0, places))
+        if missing is not None:
+            into.masked_fill_(missing[:, None], 0)
 
     def store(
-        self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, values: Tensor
+        self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
     ) -> None:
-        if len(sequences) == 1:
-            first, length = self._single[sequences[0]]
-            count = min(stop, length) - start
-            tensor[first + start : first + start + count, heads].copy_(values[0, :count])
+        rows = self.view(tensor, sequences, start, stop, heads)
+        pairs = tile.shape[0] // len(sequences)
+        if rows is not None:
+            _split(rows, pairs).copy_(_by_rows(tile, rows, pairs))
             return
-        places, exists = self._places(sequences, start, stop)
-        tensor[:, heads][places[exists]] = values[exists].to(tensor.dtype)
+        flat, places, missing = self._places(tensor, sequences, start, stop, heads, pairs)
+        values = tile.reshape(-1, tensor.shape[-1]).to(tensor.dtype)
+        if missing is None:
+            flat.index_copy_(0, places, values)
+        else:
+            flat.index_copy_(0, places[~missing], values[~missing])
+
+    def _places(
+        self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, pairs: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Memory as (., head_dim), which of it every row and head of a tile is, and which of these are missing."""
+        tensor = self._regular(tensor)
+        head_dim, strides = tensor.shape[-1], tensor.stride()
+        count = 1 + sum((size - 1) * stride // head_dim for size, stride in zip(tensor.shape, strides, strict=True))
+        flat = tensor.as_strided((count, head_dim), (head_dim, 1))
+        if self._tables_of is not sequences:  # tables are for the tensors of one chunk
+            self._tables_of = sequences
+            self._tables.clear()
+        key = (start, stop, heads.start, heads.stop, pairs, strides[:-1], head_dim)
+        if key not in self._tables:
+            row, exists = self._rows(sequences, start, stop, [stride // head_dim for stride in strides[:-2]])
+            head = torch.arange(heads.start, heads.stop, device=row.device) * (strides[-2] // head_dim)
+            places = row[:, None, :, None] + head.view(pairs, 1, -1)
+            missing = None if exists is None else ~exists[:, None, :, None].expand(places.shape).flatten()
+            self._tables[key] = places.flatten(), missing
+        return flat, *self._tables[key]
+
+    def _regular(self, tensor: Tensor) -> Tensor:
+        """The tensor, or once a call a copy of it, if it is not made of rows a multiple of head_dim apart."""
+        head_dim, strides = tensor.shape[-1], tensor.stride()
+        if (strides[-1] == 1 or head_dim == 1) and not any(stride % head_dim for stride in strides[:-1]):
+            return tensor
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor, tensor.contiguous()  # the tensor too, to keep its id
+        return self._copies[id(tensor)][1]
+
+    def _rows(
+        self, sequences: Sequence[int], start: int, stop: int, strides: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where rows start to stop of every sequence begin, (sequences, rows), and which of them exist; None: all."""
+        chosen = self.numbers(sequences)
+        row = torch.arange(start, stop, device=self._first.device)
+        exists = self._existing(chosen, row, min(self._single[s][1] for s in sequences), stop)
+        place = (self._first[chosen, None] + row) * strides[0]
+        return (place, None) if exists is None else (place.where(exists, 0), exists)
+
+    def _existing(self, chosen: Tensor, row: Tensor, shortest: int, stop: int) -> Tensor | None:
+        return None if stop <= shortest else row < self._lengths[chosen, None]
 
 
-class PagedRows:
+class PagedRows(PackedRows):
     """(num_blocks, block_size, nheads, head_dim); row r of sequence s is in block block_table[s, r // block_size]."""
 
     def __init__(self, block_table: Tensor, block_size: int, lengths: Tensor) -> None:
+        super().__init__(torch.zeros_like(lengths), lengths)
         self._block_table = block_table
         self._block_size = block_size
-        self._lengths = lengths
 
-    def numbers(self, sequences: Sequence[int]) -> Tensor:
-        return torch.tensor(sequences, dtype=torch.int32, device=self._lengths.device)
+    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
+        return None
 
-    def load(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor:
+    def _rows(
+        self, sequences: Sequence[int], start: int, stop: int, strides: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
         chosen = self.numbers(sequences)
         row = torch.arange(start, stop, device=self._lengths.device)
-        exists = row < self._lengths[chosen, None]
-        row = row.expand_as(exists).where(exists, 0)
-        block = self._block_table[chosen[:, None], row // self._block_size].where(exists, 0)
-        return tensor[:, :, heads][block, row % self._block_size].masked_fill_(~exists[..., None, None], 0)
-
-    def store(
-        self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, values: Tensor
-    ) -> None:
-        raise NotImplementedError  # validation has refused the backward of paged keys
+        exists = self._existing(chosen, row, min(self._single[s][1] for s in sequences), stop)
+        blocks = -(-stop // self._block_size)
+        block = self._block_table[chosen, :blocks].long().repeat_interleave(self._block_size, 1)[:, start:stop]
+        place = block * strides[0] + (row % self._block_size) * strides[1]
+        return (place, None) if exists is None else (place.where(exists, 0), exists)

@@ -1,9 +1,10 @@
 """The arithmetic between the matrix products of a tile, in place on its buffers.
 
-Shapes: p (sequence, key head) pairs, g query heads per key head, m queries, n keys.
+Shapes: p (sequence, key head) pairs, m queries, g query heads per key head, n keys.
 
-    scores, dprobs (p, g, m, n)     row_max, row_sum, lse, delta (p, g, m)     accumulator (p, g, m, head_dim)
+    scores, dprobs (p, m, g, n)     row_max, row_sum, lse, delta (p, m, g)     accumulator (p, m, g, head_dim)
 
+scores and dprobs may be of a smaller dtype than the others, that of the products: arithmetic is in the larger one.
 `Indices` says where the tile lies, in the words of the score program.
 """
 
@@ -19,9 +20,9 @@ from ...scores import ScoreProgram
 
 
 class Indices(NamedTuple):
-    """int32, broadcastable to a tile: batch (p, 1, 1, 1), head (p, g, 1, 1), q_idx (m, 1), kv_idx (n).
+    """int32, broadcastable to a tile: batch (p, 1, 1, 1), head (p, 1, g, 1), q_idx (m, 1, 1), kv_idx (n).
 
-    dropout_row: two of (p, g, m, 1), what dropout's decisions in a row have in common (scores/dropout.py): hashed once
+    dropout_row: two of (p, m, g, 1), what dropout's decisions in a row have in common (scores/dropout.py): hashed once
     a row, not once an element. None without dropout.
     """
 
@@ -50,17 +51,18 @@ def softmax_step(
     """One step of the online softmax (FlashAttention-2, Algorithm 1, lines 9 and 10).
 
     scores: products q·k -> probabilities not yet normalised, dropped ones 0. row_max, row_sum: brought up to date.
-    accumulator: rescaled to the new maximum, ready for this tile's P·V.
+    accumulator: rescaled to the new maximum, ready for this tile's P·V; of head_dim 0 where there is none yet.
     """
-    score = program.score(scores, *indices[:4])
+    score = program.score(scores.to(row_max.dtype), *indices[:4])
     if masked:
         score = torch.where(program.mask(*indices[:4]), score, -inf)
     new_max = torch.maximum(row_max, score.amax(-1))
     # A row that has met no key yet has maximum -inf: subtract 0 instead, so that exp gives 0 and not exp(nan).
     shift = torch.where(new_max == -inf, 0.0, new_max)
-    probs = torch.exp(score - shift[..., None])
+    # Rounded to the dtype of the products before they are summed: the sum is that of what multiplies V.
+    probs = torch.exp(score - shift[..., None]).to(scores.dtype)
     rescale = torch.exp(row_max - shift)
-    row_sum.copy_(row_sum * rescale + probs.sum(-1))
+    row_sum.copy_(row_sum * rescale + probs.to(row_sum.dtype).sum(-1))
     row_max.copy_(new_max)
     accumulator.mul_(rescale[..., None])
     # The softmax is normalised over all keys, dropped ones included: drop after the sum.
@@ -70,11 +72,14 @@ def softmax_step(
 def softmax_finish(
     accumulator: Tensor, row_max: Tensor, row_sum: Tensor, keep_probability: float
 ) -> tuple[Tensor, Tensor]:
-    """-> out (lines 12 and 13: diag(l)^-1 O, and m + log l). Rows without a key: out 0, lse -inf."""
+    """-> out, in place of the accumulator, and lse (lines 12 and 13: diag(l)^-1 O, and m + log l).
+
+    Rows without a key: out 0, lse -inf.
+    """
     empty = row_sum == 0.0
     total = row_sum.masked_fill(empty, 1.0)
-    out = accumulator / (total * keep_probability)[..., None]
-    return out, (row_max + total.log()).masked_fill_(empty, -inf)
+    lse = (row_max + total.log()).masked_fill_(empty, -inf)
+    return accumulator.div_(total.mul_(keep_probability)[..., None]), lse
 
 
 def gradient_step(
@@ -92,7 +97,8 @@ def gradient_step(
     scores: products q·k -> P with dropout, for dV. dprobs: dO·V -> gradient of the products, for dQ and dK.
     lse: +inf for rows without a key, so that their probabilities are 0. delta: rowsum(dO * O) - dlse.
     """
-    score = program.score(scores, *indices[:4])
+    products, dprobabilities = scores.to(lse.dtype), dprobs.to(lse.dtype)
+    score = program.score(products, *indices[:4])
     if masked:
         score = torch.where(program.mask(*indices[:4]), score, -inf)
     probs = torch.exp(score - lse[..., None])
@@ -100,9 +106,7 @@ def gradient_step(
     if program.dropout is not None:
         keep = _keep(program, indices)
         dropped = torch.where(keep, probs, 0.0) / keep_probability
-        dprobs_kept = torch.where(keep, dprobs, 0.0) / keep_probability
-        dscore = probs * (dprobs_kept - delta[..., None])
-    else:
-        dscore = probs * (dprobs - delta[..., None])
-    dprobs.copy_(program.product_gradient(dscore, scores))
+        dprobabilities = torch.where(keep, dprobabilities, 0.0) / keep_probability
+    dscore = probs * (dprobabilities - delta[..., None])
+    dprobs.copy_(program.product_gradient(dscore, products))
     scores.copy_(dropped)

@@ -14,8 +14,10 @@ import torch
 from ...problem import Direction
 
 LARGEST = 512  # queries or keys of a tile
-LARGEST_BANDED = 256  # the same under a window or causal, whose rims cost half a tile each
-SCORES = 512 * 512  # scores of a tile, for each core
+BANDED = (
+    256  # queries (forward) or keys (backward) of the same under a window or causal, whose rims cost half a tile each
+)
+SCORES = 1 << 20  # bytes of scores of a tile, for each core
 CHUNK_BYTES = 64 << 20  # copies of k and v (forward), or of the query side (backward), that a chunk may hold
 
 
@@ -37,18 +39,21 @@ def choose(
     seqlen_q: int,
     seqlen_k: int,
     heads_per_key: int,
-    bytes_per_row: int,
+    head_dims: int,
+    itemsize: int,
     banded: bool,
 ) -> TileSizes:
     """Tile sizes for sequences of (at most) these lengths.
 
-    heads_per_key: query heads per key head. bytes_per_row: of one row of k and of v together. banded: a window hides
-    some keys. Forward cuts its key tiles where the window ends, so only backward wants them smaller for it.
+    heads_per_key: query heads per key head. head_dims: q's and v's together. itemsize: bytes of a product's operand.
+    banded: a window hides some keys. Tiles are cut where it ends in the direction of the inner loop; only in the other
+    one do they want to be smaller for it.
     """
-    forward = direction == "forward"
-    queries = _even(seqlen_q, max(1, (LARGEST_BANDED if banded else LARGEST) // heads_per_key))
-    keys = _even(seqlen_k, LARGEST_BANDED if banded and not forward else LARGEST)
-    scores = max(1, heads_per_key * queries * keys)
-    copied = seqlen_k if forward else 2 * heads_per_key * seqlen_q  # rows a pair: k and v; or q, dout, dq
-    pairs = min(SCORES * torch.get_num_threads() // scores, CHUNK_BYTES // max(1, copied * bytes_per_row))
+    rows = BANDED if banded and direction == "forward" else LARGEST * (4 // min(itemsize, 4))
+    queries = _even(seqlen_q, max(1, rows // heads_per_key))
+    keys = _even(seqlen_k, BANDED if banded and direction == "backward" else LARGEST)
+    # Copies that a pair holds, in rows: k and v; or q and dout, and dq.
+    copied = seqlen_k if direction == "forward" else 2 * heads_per_key * seqlen_q
+    scores = max(1, heads_per_key * queries * keys * itemsize)
+    pairs = min(SCORES * torch.get_num_threads() // scores, CHUNK_BYTES // max(1, copied * head_dims * itemsize))
     return TileSizes(queries, keys, max(1, pairs))
