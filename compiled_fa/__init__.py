@@ -6,6 +6,8 @@
     engines/          who computes: fused (one Triton kernel each way, on CUDA), aten (PyTorch's kernel, on a CPU),
                       tiled (anything, anywhere)
     inductor.py       graphs compiled by Inductor and called without guards
+    warmup.py         compiling ahead; progress.py: what a terminal is told meanwhile
+    hardware.py       what this machine's processor does well
     turing/           tensor cores on Turing for every Triton kernel of the process
     scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
 
@@ -22,6 +24,7 @@ from .interface import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -33,4 +36,5 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "use_engine",
+    "warmup",
 ]

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .progress import result_of
+
 log = logging.getLogger("compiled_fa")
 
 Compiled = Callable[[list[Tensor]], Any]
@@ -39,17 +41,22 @@ def say_once(message: str) -> None:
 
 
 def compiled_graph(
-    key: object, function: Callable[..., Any], example_inputs: Callable[[Size], Sequence[Tensor]], **config: Any
+    key: object,
+    function: Callable[..., Any],
+    example_inputs: Callable[[Size], Sequence[Tensor]],
+    what: str,
+    **config: Any,
 ) -> Compiled:
     """`function` as machine code for a list of tensors, from the process's cache or compiled now.
 
-    key: what else is fixed in the code. example_inputs: makes fake tensors of symbolic sizes. config: Inductor's.
+    key: what else is fixed in the code. example_inputs: makes fake tensors of symbolic sizes. what: its name, for
+    people who wait. config: Inductor's.
     """
     with _lock:
         if key not in _compiled:
             # A thread of its own: the caller's may be inside someone's tracing or dispatch modes.
             with ThreadPoolExecutor(1) as pool:
-                _compiled[key] = pool.submit(compile_graph, function, example_inputs, config).result()
+                _compiled[key] = result_of(pool.submit(compile_graph, function, example_inputs, config), what)
         return _compiled[key]
 
 

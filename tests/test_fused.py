@@ -283,7 +283,7 @@ def test_serving_by_second_choice_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(inductor, "_said", set())
     q = torch.empty(1, 4, 2, 8, device="meta")
     for _ in range(2):
-        assert engines.serving("auto", Problem.of(q, q, q, None)) is engines.tiled
+        assert engines.serving("auto", Problem.of(q, q, q, None), "forward") is engines.tiled
     assert len(caplog.records) == 1
     assert "tiled engine serves on meta, not fused: it needs a CUDA device" in caplog.text
 

@@ -107,7 +107,8 @@ def run(spec: Spec, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if inputs[0].device.type == "cpu":
         return spec.graph()(*inputs)
     device = inputs[0].device.type
-    call = inductor.compiled_graph(spec, spec.graph(), lambda size: spec.example_inputs(device, size))
+    what = f"the fused {spec.direction} kernel for head_dim {spec.head_dim}"
+    call = inductor.compiled_graph(spec, spec.graph(), lambda size: spec.example_inputs(device, size), what)
     return tuple(call(list(inputs)))
 
 

@@ -33,6 +33,12 @@ class Features:
     def plain(self) -> bool:
         return not (self.softcap or self.alibi or self.dropout)
 
+    @property
+    def words(self) -> str:
+        chosen = {"softcap": self.softcap, "ALiBi": self.alibi, "dropout": self.dropout, "mask": self.masked}
+        dtype = str(self.product_dtype).removeprefix("torch.")
+        return ", ".join([name for name, present in chosen.items() if present] + [dtype])
+
 
 TILE, ROWS = ("p", "m", "g", "n"), ("p", "m", "g")  # shapes, in the words of steps.py
 
@@ -179,7 +185,7 @@ def _softmax_kernel(features: Features) -> Compiled | None:
         rest = [example(size, *shape, dtype=features.dtype) for shape in (ROWS, ROWS, ("p", "m", "g", "d"))]
         return [scores, *rest, *_example_arguments(size, features)]
 
-    return inductor.compiled(("softmax", features), step, examples)
+    return inductor.compiled(("softmax", features), step, examples, f"a forward step ({features.words})")
 
 
 def _gradient_kernel(features: Features) -> Compiled | None:
@@ -192,4 +198,4 @@ def _gradient_kernel(features: Features) -> Compiled | None:
         rows = [example(size, *ROWS, dtype=features.dtype, of_larger=True) for _ in range(2)]
         return [*tiles, *rows, *_example_arguments(size, features)]
 
-    return inductor.compiled(("gradient", features), step, examples)
+    return inductor.compiled(("gradient", features), step, examples, f"a backward step ({features.words})")
