@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,23 +46,28 @@ def compiled_graph(
     function: Callable[..., Any],
     example_inputs: Callable[[Size], Sequence[Tensor]],
     what: str,
+    decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
     **config: Any,
 ) -> Compiled:
     """`function` as machine code for a list of tensors, from the process's cache or compiled now.
 
     key: what else is fixed in the code. example_inputs: makes fake tensors of symbolic sizes. what: its name, for
-    people who wait. config: Inductor's.
+    people who wait. decompositions: of operators, besides Inductor's own. config: Inductor's.
     """
     with _lock:
         if key not in _compiled:
             # A thread of its own: the caller's may be inside someone's tracing or dispatch modes.
             with ThreadPoolExecutor(1) as pool:
-                _compiled[key] = result_of(pool.submit(compile_graph, function, example_inputs, config), what)
+                compilation = pool.submit(compile_graph, function, example_inputs, config, decompositions)
+                _compiled[key] = result_of(compilation, what)
         return _compiled[key]
 
 
 def compile_graph(
-    function: Callable[..., Any], example_inputs: Callable[[Size], Sequence[Tensor]], config: dict[str, Any]
+    function: Callable[..., Any],
+    example_inputs: Callable[[Size], Sequence[Tensor]],
+    config: dict[str, Any],
+    decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
 ) -> Compiled:
     """Trace and compile, in this thread and without the cache."""
     import torch._inductor.config as inductor_config
@@ -75,7 +81,7 @@ def compile_graph(
     with torch.inference_mode(False), torch.no_grad(), inductor_config.patch(config):
         with mode:
             inputs = list(example_inputs(symbolic_sizes(mode)))
-            traced = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
+            traced = make_fx(function, decomposition_table={**select_decomp_table(), **decompositions})(*inputs)
         with torch._guards.tracing(torch._guards.TracingContext(mode)), _bfloat16_allowed():
             artifact: Any = compile_fx_inner(traced, inputs)
     call: Compiled = artifact.current_callable

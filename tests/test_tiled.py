@@ -99,7 +99,7 @@ def test_tiles_cover_what_the_mask_keeps_exactly_once(data):
 )
 def test_chunks_hold_every_sequence_and_head_once(lengths, nheads_k, pairs):
     seen = []
-    for chunk in chunks.chunks(lengths, nheads_k, 2, Window(), lambda *_: TileSizes(64, 64, pairs)):
+    for chunk in chunks.chunks(lengths, nheads_k, 2, lambda *_: Window(), lambda *_: TileSizes(64, 64, pairs)):
         assert chunk.pairs <= max(pairs, 1)
         seen += [(s, h) for s in chunk.sequences for h in range(chunk.key_heads.start, chunk.key_heads.stop)]
         for s in chunk.sequences:

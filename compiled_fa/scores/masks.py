@@ -16,6 +16,7 @@ siblings) it tells which tiles exist and which need no mask, without looking at 
 
 from __future__ import annotations
 
+from math import ceil, inf
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,14 @@ class Window(NamedTuple):
         if self.right is not None:
             inside = inside & (kv_idx <= position + self.right)
         return inside
+
+    def narrowed(self, reach: float) -> Window:
+        """To keys at a distance of at most `reach`."""
+        if reach == inf:
+            return self
+        reach = ceil(reach)
+        left = reach if self.left is None else min(self.left, reach)
+        return Window(left, reach if self.right is None else min(self.right, reach))
 
     def in_force(self, seqlen_q: int, seqlen_k: int) -> Window:
         """Without the sides that hide nothing in sequences of at most these lengths."""

@@ -8,6 +8,8 @@ flex_attention, a single element.
 
 from __future__ import annotations
 
+from math import inf, log
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,15 @@ def softcap_derivative(capped: Tensor, softcap: float | Tensor) -> Tensor:
 def alibi(score: Tensor, slope: Tensor, position: Tensor, kv_idx: Tensor) -> Tensor:
     """score - slope * |position - kv_idx| (ALiBi, arXiv 2108.12409, with flash_attn's absolute distance)."""
     return score - slope * (position - kv_idx).abs()
+
+
+def alibi_reach(slope: float, bound: float, dtype: torch.dtype) -> float:
+    """Distance from which a key weighs nothing beside the one at the query's own position; inf: there is none.
+
+    bound: of |score| before ALiBi. The query's own key scores -bound at least, and one at a distance d at most
+    bound - slope·d. Where that is 24 nats further apart than the precision of the dtype, even a million such keys
+    together change the softmax and its gradients by less than a thousandth of a rounding.
+    """
+    if not (slope > 0.0 and bound < inf):
+        return inf
+    return (2.0 * bound + 24.0 - log(torch.finfo(dtype).eps)) / slope

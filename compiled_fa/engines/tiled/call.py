@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...problem import Direction, Problem
 from ...scores import Window
+from ...scores.terms import alibi_reach
 from . import chunks as chunking
 from . import products
 from .chunks import Chunk
@@ -76,15 +77,31 @@ class Call:
     def chunks(self, direction: Direction) -> Iterator[Chunk]:
         problem = self.problem
         head_dims = problem.q.shape[-1] + problem.v.shape[-1]
-        banded = self._window != Window()
 
         def sizes(seqlen_q: int, seqlen_k: int) -> TileSizes:
             if self._tiles is not None:
                 return self._tiles
             itemsize = self.product_dtype(seqlen_q, seqlen_k).itemsize
-            return choose(direction, seqlen_q, seqlen_k, self.heads_per_key, head_dims, itemsize, banded)
+            return choose(direction, seqlen_q, seqlen_k, self.heads_per_key, head_dims, itemsize, self._window)
 
-        return chunking.chunks(self._lengths, problem.k.shape[-2], self.heads_per_key, self._window, sizes)
+        return chunking.chunks(self._lengths, problem.k.shape[-2], self.heads_per_key, self._narrowed_window(), sizes)
+
+    def _narrowed_window(self) -> Callable[[Sequence[int], slice], Window]:
+        """The window, as narrow as ALiBi makes it: where that can be told, tiles that weigh nothing are left out."""
+        slopes, q, k = self.program.alibi_slopes, self.problem.q, self.problem.k
+        if slopes is None or q.device.type != "cpu" or not q.numel() or not k.numel():
+            return lambda sequences, heads: self._window
+        rows, of_keys = (float(torch.linalg.vector_norm(x, dim=-1, dtype=self.dtype).max()) for x in (q, k))
+        bound = abs(self.problem.softmax_scale) * rows * of_keys
+        bound = min(bound, self.problem.softcap) if self.problem.softcap else bound
+
+        def narrowed(sequences: Sequence[int], heads: slice) -> Window:
+            if any(seqlen_q > seqlen_k for seqlen_q, seqlen_k in (self._lengths[s] for s in sequences)):
+                return self._window  # some queries have no key at their own position
+            slope = float(slopes[list(sequences), heads].min())
+            return self._window.narrowed(alibi_reach(slope, bound, self.dtype))
+
+        return narrowed
 
     def product_dtype(self, seqlen_q: int, seqlen_k: int) -> torch.dtype:
         """Of the matrix products' operands, for sequences of at most these lengths."""

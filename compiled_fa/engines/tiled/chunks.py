@@ -121,12 +121,13 @@ def chunks(
     lengths: Sequence[tuple[int, int]],
     nheads_k: int,
     heads_per_key: int,
-    window: Window,
+    window: Callable[[Sequence[int], slice], Window],
     sizes: Callable[[int, int], TileSizes],
 ) -> Iterator[Chunk]:
     """Chunks that cover every sequence with queries and keys.
 
-    lengths: (seqlen_q, seqlen_k) of every sequence. sizes: tile sizes for given lengths.
+    lengths: (seqlen_q, seqlen_k) of every sequence. window: of some sequences and query heads, outside of which nothing
+    need be computed. sizes: tile sizes for given lengths.
     """
     for (seqlen_q, seqlen_k), members in _groups(lengths).items():
         tiles = sizes(seqlen_q, seqlen_k)
@@ -138,6 +139,7 @@ def chunks(
             k = [lengths[s][1] for s in sequences]
             offsets = [long - short for short, long in zip(q, k, strict=True)]
             for head, stop in spans(0, nheads_k, heads_at_once):
+                heads = slice(head * heads_per_key, stop * heads_per_key)
                 yield Chunk(
                     sequences,
                     slice(head, stop),
@@ -145,6 +147,6 @@ def chunks(
                     (min(q), max(q)),
                     (min(k), max(k)),
                     (min(offsets), max(offsets)),
-                    window,
+                    window(sequences, heads),
                     tiles,
                 )

@@ -20,6 +20,7 @@ from torch.func import functionalize
 
 from ... import inductor
 from ...inductor import Compiled, Size, say_once
+from .fast_math import DECOMPOSITIONS
 
 Step = Callable[..., None]
 
@@ -86,7 +87,7 @@ def compiled(key: object, step: Step, examples: Callable[[Size], Sequence[Tensor
     # Inductor takes a graph whose writes into its inputs come last, as copies.
     functional = functionalize(returns_nothing, remove="mutations_and_views")
     try:
-        return inductor.compiled_graph(key, functional, examples, what, **_CONFIG)
+        return inductor.compiled_graph(key, functional, examples, what, DECOMPOSITIONS, **_CONFIG)
     except Exception as error:
         say_once(f"Inductor could not compile a step ({type(error).__name__}: {error}); it runs eagerly")
         _failed.add(key)

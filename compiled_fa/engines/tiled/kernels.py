@@ -106,9 +106,9 @@ class Kernels:
             self._dtype,
             product_dtype,
         )
-        # Beside softcap, ALiBi or dropout a mask costs little, and code for tiles without one is only compiled for
-        # calls that have no other tiles.
-        return features if features.plain or not self._some_masked else replace(features, masked=True)
+        # Beside softcap, ALiBi or dropout a mask costs little: code for tiles without one is only compiled for calls
+        # that have no other tiles.
+        return features if features.plain else replace(features, masked=self._some_masked)
 
     def _arguments(self) -> list[Tensor]:
         """The score program's numbers as tensors, in the order in which `_rebuilt` takes them."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...problem import Direction
+from ...scores import Window
 
 LARGEST = 512  # queries or keys of a tile
 BANDED = (
@@ -41,17 +42,21 @@ def choose(
     heads_per_key: int,
     head_dims: int,
     itemsize: int,
-    banded: bool,
+    window: Window,
 ) -> TileSizes:
     """Tile sizes for sequences of (at most) these lengths.
 
     heads_per_key: query heads per key head. head_dims: q's and v's together. itemsize: bytes of a product's operand.
-    banded: a window hides some keys. Tiles are cut where it ends in the direction of the inner loop; only in the other
-    one do they want to be smaller for it.
+    window: keys that queries see. Tiles are cut where it ends in the direction of the inner loop; only in the other one
+    do they want to be smaller for it.
     """
-    rows = BANDED if banded and direction == "forward" else LARGEST * (4 // min(itemsize, 4))
-    queries = _even(seqlen_q, max(1, rows // heads_per_key))
-    keys = _even(seqlen_k, BANDED if banded and direction == "backward" else LARGEST)
+    half = min(itemsize, 4) < 4
+    rows, keys = LARGEST * (2 if half else 1), LARGEST
+    if window != Window() and direction == "forward":
+        rows = BANDED // (1 if half or None in window else 2)
+    elif window != Window():
+        keys = BANDED
+    queries, keys = _even(seqlen_q, max(1, rows // heads_per_key)), _even(seqlen_k, keys)
     # Copies that a pair holds, in rows: k and v; or q and dout, and dq.
     copied = seqlen_k if direction == "forward" else 2 * heads_per_key * seqlen_q
     scores = max(1, heads_per_key * queries * keys * itemsize)
