@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Case, make
+from support import Case, check_against_float64, make, run_tiled
 
 from compiled_fa.engines import tiled
 from compiled_fa.engines.tiled import TileSizes, call, chunks
@@ -52,6 +52,23 @@ def test_masked_tiles_are_never_computed(monkeypatch, direction):
     assert window <= n * (256 + 512 + 256)
     twice = computed_scores(monkeypatch, dense(2 * n, window_size=(256, 0)), direction)
     assert twice <= 2.1 * window
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 3.0}], ids=str)
+def test_tiles_that_alibi_makes_weightless_are_left_out(monkeypatch, dtype, options):
+    """And nobody can tell: the results are as exact as ever."""
+    case = Case(((1300, 1300), (1200, 1290), (1290, 1200)), nheads_k=1, dtype=dtype, slopes="heads", **options)
+    data = make(case)
+    data.alibi_slopes.fill_(0.5)
+    check_against_float64(data, run_tiled(data))
+    unhurried = make(case)
+    unhurried.alibi_slopes.fill_(1e-3)
+    for direction in ("forward", "backward"):
+        far = computed_scores(monkeypatch, unhurried.problem(), direction)
+        assert computed_scores(monkeypatch, data.problem(), direction) < 0.95 * far
+    data.alibi_slopes.fill_(-0.5)  # the farther the heavier
+    assert computed_scores(monkeypatch, data.problem()) == computed_scores(monkeypatch, unhurried.problem())
 
 
 def test_varlen_neither_pads_to_the_longest_nor_loops_over_the_short(monkeypatch):
@@ -107,6 +124,36 @@ def test_chunks_hold_every_sequence_and_head_once(lengths, nheads_k, pairs):
                 assert extremes[0] <= lengths[s][side] <= extremes[1] <= max(1.34 * lengths[s][side], 8)
     expected = [(s, h) for s, pair in enumerate(lengths) if min(pair) for h in range(nheads_k)]
     assert sorted(seen) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "heads_per_key": 2}, {"dropout_p": 0.2}], ids=str)
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "varlen"])
+def test_products_in_half_precision(options, dense):
+    """bf16 sequences long enough for products in bf16, where the CPU has them; else this is like any other."""
+    lengths = ((200, 300),) * 2 if dense else ((200, 300), (0, 5), (7, 0), (300, 150), (1, 1))
+    data = make(Case(lengths, dense, head_dim=64, head_dim_v=32, dtype=torch.bfloat16, **options))
+    check_against_float64(data, run_tiled(data))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_queries_on_many_keys(dtype):
+    lengths = ((1, 5000), (3, 700), (1, 600), (0, 900))
+    data = make(Case(lengths, heads_per_key=4, dtype=dtype, causal=True))
+    check_against_float64(data, run_tiled(data))
+
+
+def test_rows_of_any_stride():
+    """Packed rows that are no multiple of head_dim apart cannot be gathered in place."""
+    lengths = ((5, 5), (5, 5), (9, 9))
+    data = make(Case(lengths, nheads_k=1, head_dim=3, head_dim_v=3))
+    expected = run_tiled(data)
+    for name in ("q", "k", "v", "dout"):
+        x = getattr(data, name)
+        wide = torch.zeros(*x.shape[:2], 7)
+        wide[..., 2:5] = x
+        setattr(data, name, wide[..., 2:5])
+    found = run_tiled(data)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_dense_calls_send_and_read_nothing(monkeypatch):

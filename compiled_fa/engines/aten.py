@@ -26,6 +26,7 @@ _backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_fo
 WIDENED_BYTES = 32 << 20  # of fp32 copies at a time, where half precision is computed in fp32
 LONG = 96  # mean tokens of packed sequences from which a call for each of them pays
 FEW = 256  # tokens up to which nothing beats a single call
+DECODING, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -53,13 +54,15 @@ def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
 
 def slower(problem: Problem, direction: Direction) -> bool:
     """Is another engine faster at a call that this one could serve? As measured: bench/NOTES.md."""
-    q, packed = problem.q, problem.packed
-    seqlen = q.shape[1] if packed is None else q.shape[0] // max(1, problem.batch)
-    if packed is not None and seqlen < LONG:
+    q, k, packed = problem.q, problem.k, problem.packed
+    sequences = 1 if packed is None else max(1, problem.batch)
+    seqlen_q, seqlen_k = q.shape[-3] // sequences, k.shape[-3] // sequences  # on average
+    if packed is not None and max(seqlen_q, seqlen_k) < LONG:
         return True  # short sequences side by side
-    if q.dtype == torch.bfloat16 and fast_bfloat16():
-        return seqlen >= FEW or direction == "backward"
-    return direction == "backward" and seqlen > FEW and problem.window_in_force != Window()
+    half = q.dtype == torch.bfloat16 and fast_bfloat16()
+    if direction == "backward":
+        return half or (seqlen_q > FEW and problem.window_in_force != Window())
+    return seqlen_k >= (FEW if half else MANY) and (half or seqlen_q <= DECODING)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ forward.py    Algorithm 1 of FlashAttention-2 (arXiv 2307.08691): online softmax
 backward.py   Algorithm 2: probabilities recomputed from lse, one key tile after another
 steps.py      the arithmetic between the matrix products of a tile
 chunks.py     which sequences and heads run together, and which of their tiles exist
+keys.py       keys and values of a chunk, held or passing by
+products.py   matrix products and their dtype
 rows.py       reading and writing rows of dense, packed and paged tensors
 tiles.py      tile sizes
 scratch.py    buffers that outlive a call

@@ -17,7 +17,7 @@ from .kernels import Kernels
 from .rows import DenseRows, PackedRows, PagedRows, Rows
 from .scratch import Scratch
 from .steps import Indices
-from .tiles import TileSizes, choose
+from .tiles import LARGEST, TileSizes, choose
 
 
 class Call:
@@ -82,14 +82,19 @@ class Call:
             if self._tiles is not None:
                 return self._tiles
             itemsize = self.product_dtype(seqlen_q, seqlen_k).itemsize
-            return choose(direction, seqlen_q, seqlen_k, self.heads_per_key, head_dims, itemsize, self._window)
+            heads = problem.k.shape[-2], self.heads_per_key
+            return choose(direction, seqlen_q, seqlen_k, *heads, head_dims, itemsize, self._window)
 
         return chunking.chunks(self._lengths, problem.k.shape[-2], self.heads_per_key, self._narrowed_window(), sizes)
 
     def _narrowed_window(self) -> Callable[[Sequence[int], slice], Window]:
-        """The window, as narrow as ALiBi makes it: where that can be told, tiles that weigh nothing are left out."""
+        """The window, as narrow as ALiBi makes it: tiles that weigh nothing are left out.
+
+        It takes a look at all of q and k, and lets their size have a say in how tiles are cut: for long sequences only.
+        """
         slopes, q, k = self.program.alibi_slopes, self.problem.q, self.problem.k
-        if slopes is None or q.device.type != "cpu" or not q.numel() or not k.numel():
+        longest = max((seqlen_k for _, seqlen_k in self._lengths), default=0)
+        if slopes is None or q.device.type != "cpu" or not q.numel() or longest <= 2 * LARGEST:
             return lambda sequences, heads: self._window
         rows, of_keys = (float(torch.linalg.vector_norm(x, dim=-1, dtype=self.dtype).max()) for x in (q, k))
         bound = abs(self.problem.softmax_scale) * rows * of_keys

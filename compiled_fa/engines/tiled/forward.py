@@ -10,6 +10,7 @@ from torch import Tensor
 from ...problem import Problem
 from .call import Call
 from .chunks import Chunk
+from .keys import Keys
 from .products import Sum
 from .steps import softmax_finish
 from .tiles import TileSizes
@@ -32,25 +33,23 @@ def forward(problem: Problem, tiles: TileSizes | None = None) -> tuple[Tensor, T
 
 
 def _forward_chunk(call: Call, chunk: Chunk, out: Tensor, lse: Tensor) -> None:
-    k, v, scratch = call.problem.k, call.problem.v, call.scratch
-    pairs, heads, dtype = chunk.pairs, chunk.heads_per_key, call.product_dtype(chunk.lengths_q[1], chunk.lengths_k[1])
-    once = len(chunk.query_spans()) == 1
-    keys = call.load_keys("keys", k, chunk, 0, chunk.lengths_k[1], dtype, used_once=once)
-    values = call.load_keys("values", v, chunk, 0, chunk.lengths_k[1], dtype, used_once=once)
-    at = call.indices(chunk)
+    head_dim_v, scratch = call.problem.v.shape[-1], call.scratch
+    dtype = call.product_dtype(chunk.lengths_q[1], chunk.lengths_k[1])
+    keys_and_values, at = Keys(call, chunk, dtype), call.indices(chunk)
     for q_start, q_stop in chunk.query_spans():
         queries = call.load_queries("queries", call.problem.q, chunk, q_start, q_stop, dtype)
-        shape = (pairs, q_stop - q_start, heads)
+        shape = (chunk.pairs, q_stop - q_start, chunk.heads_per_key)
         row_max = scratch.take("row_max", shape, call.dtype).fill_(-inf)
         row_sum = scratch.take("row_sum", shape, call.dtype).zero_()
-        accumulator = scratch.take("accumulator", (*shape, v.shape[-1]), call.dtype)
+        accumulator = scratch.take("accumulator", (*shape, head_dim_v), call.dtype)
         weighted = Sum(accumulator.flatten(1, 2), scratch)
         to_rescale = accumulator[..., :0]  # nothing, before the first tile
         for start, stop, masked in chunk.key_tiles(q_start, q_stop):
             scores = scratch.take("scores", (*shape, stop - start), dtype)
-            torch.bmm(queries, keys[:, start:stop].mT, out=scores.flatten(1, 2))  # line 8: S = Q Kᵀ
+            keys, values = keys_and_values.tile(start, stop)
+            torch.bmm(queries, keys.mT, out=scores.flatten(1, 2))  # line 8: S = Q Kᵀ
             call.kernels.softmax_step(scores, row_max, row_sum, to_rescale, at(q_start, q_stop, start, stop), masked)
-            weighted.add(scores.flatten(1, 2), values[:, start:stop])  # line 10: O += P V
+            weighted.add(scores.flatten(1, 2), values)  # line 10: O += P V
             to_rescale = accumulator
         weighted.finished()
         tile_out, tile_lse = softmax_finish(accumulator, row_max, row_sum, call.keep_probability)

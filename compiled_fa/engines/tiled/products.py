@@ -13,13 +13,13 @@ from torch import Tensor
 from ...hardware import fast_bfloat16
 from .scratch import Scratch
 
-SMALLEST = 16  # rows and columns of scores from which products in bf16 pay
+SMALLEST = 1 << 14  # scores from which it pays; among fewer, a rounding of one of them shows
 
 
 def dtype(inputs: Tensor, arithmetic: torch.dtype, longest: tuple[int, int]) -> torch.dtype:
-    """Of the products' operands, for inputs of a dtype; longest: rows and columns of scores."""
+    """Of the products' operands, for inputs of a dtype; longest: rows and columns of the scores of a pair."""
     here = inputs.device.type in ("cpu", "meta")  # meta: to ask what this machine would do
-    if inputs.dtype != torch.bfloat16 or not here or min(longest) < SMALLEST:
+    if inputs.dtype != torch.bfloat16 or not here or longest[0] * longest[1] < SMALLEST:
         return arithmetic
     return torch.bfloat16 if fast_bfloat16() else arithmetic
 

@@ -18,6 +18,8 @@ LARGEST = 512  # queries or keys of a tile
 BANDED = (
     256  # queries (forward) or keys (backward) of the same under a window or causal, whose rims cost half a tile each
 )
+THIN = 16  # rows up to which reading the keys is what takes time, as in decoding
+THIN_KEYS = 4096  # keys of a tile, of all its sequences, then
 SCORES = 1 << 20  # bytes of scores of a tile, for each core
 CHUNK_BYTES = 64 << 20  # copies of k and v (forward), or of the query side (backward), that a chunk may hold
 
@@ -35,10 +37,16 @@ def _even(length: int, largest: int) -> int:
     return -(-length // max(parts, 1))
 
 
+def thin(seqlen_q: int, seqlen_k: int, heads_per_key: int) -> bool:
+    """Are these a few queries on many keys, whose reading is all that takes time?"""
+    return seqlen_q * heads_per_key <= THIN and seqlen_k > LARGEST
+
+
 def choose(
     direction: Direction,
     seqlen_q: int,
     seqlen_k: int,
+    nheads_k: int,
     heads_per_key: int,
     head_dims: int,
     itemsize: int,
@@ -46,10 +54,13 @@ def choose(
 ) -> TileSizes:
     """Tile sizes for sequences of (at most) these lengths.
 
-    heads_per_key: query heads per key head. head_dims: q's and v's together. itemsize: bytes of a product's operand.
+    nheads_k, heads_per_key: key heads, and query heads for each. head_dims: q's and v's together. itemsize: bytes of a
+    product's operand.
     window: keys that queries see. Tiles are cut where it ends in the direction of the inner loop; only in the other one
     do they want to be smaller for it.
     """
+    if direction == "forward" and thin(seqlen_q, seqlen_k, heads_per_key):
+        return TileSizes(seqlen_q, _even(seqlen_k, THIN_KEYS), nheads_k * max(1, THIN_KEYS // seqlen_k))
     half = min(itemsize, 4) < 4
     rows, keys = LARGEST * (2 if half else 1), LARGEST
     if window != Window() and direction == "forward":
