@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,7 +73,7 @@ class Problem:
     def batch(self) -> int:
         return self.q.shape[0] if self.packed is None else self.packed.cu_seqlens_q.shape[0] - 1
 
-    @property
+    @functools.cached_property
     def window_in_force(self) -> Window:
         """The window without sides that hide nothing at these lengths."""
         packed = self.packed
