@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -56,8 +57,10 @@ def interleaved(
     if rounds is None:
         rounds = min(max(int(seconds / max(a_round, 1e-9)), LEAST_ROUNDS), MOST_ROUNDS)
     found: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffled = list(runs), random.Random(0)
     for turn in range(rounds):
-        for name, run in runs.items():
-            found[name].append(once(run, device))
+        shuffled.shuffle(order)  # or one of them would always find the caches that the same other one leaves
+        for name in order:
+            found[name].append(once(runs[name], device))
         tick((turn + 1) / rounds)
     return {name: Timing.of(times) for name, times in found.items()}
