@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .kernels import Kernels
 from .rows import DenseRows, PackedRows, PagedRows, Rows
 from .scratch import Scratch
 from .steps import Indices
-from .tiles import LARGEST, TileSizes, choose
+from .tiles import HALF_MULTIPLE, LARGEST, TileSizes, choose, rounded_up, thin
 
 
 class Call:
@@ -64,7 +65,7 @@ class Call:
             else:
                 self._key_rows = PagedRows(packed.block_table, problem.k.shape[1], lengths_k)
         device = problem.q.device
-        self._positions = torch.arange(longest, dtype=torch.int32, device=device)
+        self._positions = torch.arange(longest + HALF_MULTIPLE, dtype=torch.int32, device=device)
         self._heads = torch.arange(problem.q.shape[-2], dtype=torch.int32, device=device)
 
     def __enter__(self) -> Call:
@@ -81,9 +82,12 @@ class Call:
         def sizes(seqlen_q: int, seqlen_k: int) -> TileSizes:
             if self._tiles is not None:
                 return self._tiles
-            itemsize = self.product_dtype(seqlen_q, seqlen_k).itemsize
-            heads = problem.k.shape[-2], self.heads_per_key
-            return choose(direction, seqlen_q, seqlen_k, *heads, head_dims, itemsize, self._window)
+            itemsize, heads = self.product_dtype(seqlen_q, seqlen_k).itemsize, self.heads_per_key
+            rounded = problem.packed is not None and itemsize == 2 and not thin(seqlen_q, seqlen_k, heads)
+            multiple = HALF_MULTIPLE if rounded else 1
+            longest_q, longest_k = rounded_up(seqlen_q, multiple), rounded_up(seqlen_k, multiple)
+            shapes = longest_q, longest_k, problem.k.shape[-2], heads, head_dims, itemsize
+            return replace(choose(direction, *shapes, self._window), multiple=multiple)
 
         return chunking.chunks(self._lengths, problem.k.shape[-2], self.heads_per_key, self._narrowed_window(), sizes)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...scores import Window
-from .tiles import TileSizes
+from .tiles import TileSizes, rounded_up
 
 
 class Tile(NamedTuple):
@@ -43,7 +43,7 @@ class Chunk:
     sequences: Sequence[int]
     key_heads: slice
     heads_per_key: int
-    lengths_q: tuple[int, int]  # of the shortest and the longest sequence
+    lengths_q: tuple[int, int]  # of the shortest and the longest sequence, that one rounded up to tiles.multiple
     lengths_k: tuple[int, int]
     offsets: tuple[int, int]  # least and greatest seqlen_k - seqlen_q
     window: Window
@@ -144,8 +144,8 @@ def chunks(
                     sequences,
                     slice(head, stop),
                     heads_per_key,
-                    (min(q), max(q)),
-                    (min(k), max(k)),
+                    (min(q), rounded_up(max(q), tiles.multiple)),
+                    (min(k), rounded_up(max(k), tiles.multiple)),
                     (min(offsets), max(offsets)),
                     window(sequences, heads),
                     tiles,

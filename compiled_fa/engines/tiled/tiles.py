@@ -20,21 +20,31 @@ BANDED = (
 )
 THIN = 16  # rows up to which reading the keys is what takes time, as in decoding
 THIN_KEYS = 4096  # keys of a tile, of all its sequences, then
+# A product in bf16 is machine code of its own for every shape, and oneDNN keeps no more than 1024 of them: sequences of
+# any length must not make new ones for ever.
+HALF_MULTIPLE = 64
 SCORES = 1 << 20  # bytes of scores of a tile, for each core
 CHUNK_BYTES = 64 << 20  # copies of k and v (forward), or of the query side (backward), that a chunk may hold
 
 
 @dataclass(frozen=True)
 class TileSizes:
+    """multiple: packed sequences run as if their lengths were rounded up to it."""
+
     queries: int
     keys: int
     pairs: int
+    multiple: int = 1
 
 
 def _even(length: int, largest: int) -> int:
     """Tile size at most `largest` that cuts a length into equal parts, so that no tile is nearly empty."""
     parts = -(-length // largest)
     return -(-length // max(parts, 1))
+
+
+def rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def thin(seqlen_q: int, seqlen_k: int, heads_per_key: int) -> bool:
