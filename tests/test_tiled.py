@@ -135,6 +135,16 @@ def test_products_in_half_precision(options, dense):
     check_against_float64(data, run_tiled(data))
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"slopes": "batch"}], ids=str)
+def test_lengths_rounded_up(monkeypatch, options):
+    """As bf16 sequences of very many lengths are."""
+    monkeypatch.setattr(call, "HALF_LENGTHS", 1)
+    monkeypatch.setattr(call, "HALF_LENGTHS_BANDED", 1)
+    lengths = ((200, 130), (0, 5), (7, 0), (300, 290), (1, 1), (192, 256))
+    data = make(Case(lengths, heads_per_key=2, head_dim=32, dtype=torch.bfloat16, **options))
+    check_against_float64(data, run_tiled(data))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_queries_on_many_keys(dtype):
     lengths = ((1, 5000), (3, 700), (1, 600), (0, 900))

@@ -18,7 +18,16 @@ from .kernels import Kernels
 from .rows import DenseRows, PackedRows, PagedRows, Rows
 from .scratch import Scratch
 from .steps import Indices
-from .tiles import HALF_MULTIPLE, LARGEST, TileSizes, choose, rounded_up, thin
+from .tiles import (
+    HALF_LENGTHS,
+    HALF_LENGTHS_BANDED,
+    HALF_MULTIPLE,
+    LARGEST,
+    TileSizes,
+    choose,
+    rounded_up,
+    thin,
+)
 
 
 class Call:
@@ -79,11 +88,14 @@ class Call:
         problem = self.problem
         head_dims = problem.q.shape[-1] + problem.v.shape[-1]
 
+        most = HALF_LENGTHS if self._window == Window() else HALF_LENGTHS_BANDED
+        many_lengths = problem.packed is not None and len(set(self._lengths)) > most
+
         def sizes(seqlen_q: int, seqlen_k: int) -> TileSizes:
             if self._tiles is not None:
                 return self._tiles
             itemsize, heads = self.product_dtype(seqlen_q, seqlen_k).itemsize, self.heads_per_key
-            rounded = problem.packed is not None and itemsize == 2 and not thin(seqlen_q, seqlen_k, heads)
+            rounded = many_lengths and itemsize == 2 and not thin(seqlen_q, seqlen_k, heads)
             multiple = HALF_MULTIPLE if rounded else 1
             longest_q, longest_k = rounded_up(seqlen_q, multiple), rounded_up(seqlen_k, multiple)
             shapes = longest_q, longest_k, problem.k.shape[-2], heads, head_dims, itemsize

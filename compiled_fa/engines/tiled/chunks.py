@@ -27,7 +27,6 @@ class Tile(NamedTuple):
     masked: bool
 
 
-NOTHING = (0, 0)
 ALONE = 128  # longer sequences are work enough by themselves
 MANY = 4  # sequences of one length, on average, to group by it
 SMALL = 256  # keys or queries that are rather one tile with a mask than two smaller ones
@@ -68,8 +67,10 @@ class Chunk:
         """The keys that queries q_start..q_stop need, in tiles."""
         first, last = q_start + self.offsets[0], q_stop - 1 + self.offsets[1]
         needed = self.window.keys_seen_by_any(first, last, self.lengths_k[1])
-        full = self.window.keys_seen_by_all(first, last, self.lengths_k[0]) if q_stop <= self.lengths_q[0] else NOTHING
-        return _tiles(needed, full, self.tiles.keys)
+        full = self.window.keys_seen_by_all(first, last, self.lengths_k[1])
+        ragged = q_stop > self.lengths_q[0]
+        tiles = _tiles(needed, full, self.tiles.keys)
+        return [tile._replace(masked=tile.masked or ragged or tile.stop > self.lengths_k[0]) for tile in tiles]
 
     def query_tiles(self, k_start: int, k_stop: int) -> list[Tile]:
         """The queries that need keys k_start..k_stop, in tiles."""
@@ -78,8 +79,10 @@ class Chunk:
         start, stop = self.window.positions_that_see_any(k_start, k_stop - 1, *limits)
         needed = max(start - greatest, 0), min(stop - least, self.lengths_q[1])
         start, stop = self.window.positions_that_see_all(k_start, k_stop - 1, *limits)
-        full = max(start - least, 0), min(stop - greatest, self.lengths_q[0])
-        return _tiles(needed, full if k_stop <= self.lengths_k[0] else NOTHING, self.tiles.queries)
+        full = max(start - least, 0), min(stop - greatest, self.lengths_q[1])
+        ragged = k_stop > self.lengths_k[0]
+        tiles = _tiles(needed, full, self.tiles.queries)
+        return [tile._replace(masked=tile.masked or ragged or tile.stop > self.lengths_q[0]) for tile in tiles]
 
 
 def _tiles(needed: tuple[int, int], full: tuple[int, int], size: int) -> list[Tile]:
