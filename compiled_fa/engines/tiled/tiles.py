@@ -20,8 +20,8 @@ BANDED = (
 )
 THIN = 16  # rows up to which reading the keys is what takes time, as in decoding
 THIN_KEYS = 4096  # keys of a tile, of all its sequences, then
-# A product in bf16 is machine code of its own for every shape, and oneDNN keeps no more than 1024 of them. Sequences of so
-# many lengths that they would need more run rounded up.
+# A product in bf16 is machine code of its own for every shape, and oneDNN keeps no more than 1024 of them. Sequences of
+# so many lengths that they would need more run rounded up.
 HALF_MULTIPLE = 64
 HALF_LENGTHS, HALF_LENGTHS_BANDED = 84, 42
 SCORES = 1 << 20  # bytes of scores of a tile, for each core
