@@ -11,7 +11,7 @@ from support import Case, check_against_float64, make, run_tiled
 from compiled_fa.engines import tiled
 from compiled_fa.engines.tiled import TileSizes, call, chunks
 from compiled_fa.engines.tiled.scratch import KEPT_BYTES, Scratch
-from compiled_fa.problem import Problem
+from compiled_fa.problem import Packed, Problem
 from compiled_fa.scores import Window
 
 
@@ -143,6 +143,20 @@ def test_lengths_rounded_up(monkeypatch, options):
     lengths = ((200, 130), (0, 5), (7, 0), (300, 290), (1, 1), (192, 256))
     data = make(Case(lengths, heads_per_key=2, head_dim=32, dtype=torch.bfloat16, **options))
     check_against_float64(data, run_tiled(data))
+
+
+def test_pages_end_where_their_table_does(monkeypatch):
+    """Lengths are not rounded up there."""
+    monkeypatch.setattr(call, "HALF_LENGTHS", 1)
+    data = make(Case(((200, 140), (190, 100)), nheads_k=1, head_dim=16, head_dim_v=16, dtype=torch.bfloat16))
+    pages = [torch.zeros(2, 140, 1, 16, dtype=torch.bfloat16) for _ in range(2)]
+    for page, rows in zip(pages, (data.k, data.v), strict=True):
+        page[1], page[0, :100] = rows[:140], rows[140:]
+    packed = Packed(*data.cu_seqlens, 200, 140, torch.tensor([[1], [0]], dtype=torch.int32))
+    out, lse = tiled.forward(Problem.of(data.q, *pages, packed, *data.options))
+    expected, expected_lse = tiled.forward(data.problem())
+    assert torch.allclose(out, expected, atol=2e-2)
+    assert torch.allclose(lse, expected_lse, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -89,7 +89,8 @@ class Call:
         head_dims = problem.q.shape[-1] + problem.v.shape[-1]
 
         most = HALF_LENGTHS if self._window == Window() else HALF_LENGTHS_BANDED
-        many_lengths = problem.packed is not None and len(set(self._lengths)) > most
+        packed = problem.packed is not None and problem.packed.block_table is None  # beyond a table there are no pages
+        many_lengths = packed and len(set(self._lengths)) > most
 
         def sizes(seqlen_q: int, seqlen_k: int) -> TileSizes:
             if self._tiles is not None:
