@@ -15,10 +15,6 @@ from torch import Tensor
 
 
 class Rows(Protocol):
-    def places(
-        self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, pairs: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
-
     def numbers(self, sequences: Sequence[int]) -> Tensor: ...
 
     def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor | None: ...
@@ -44,15 +40,87 @@ def _split(rows: Tensor, pairs_per_sequence: int) -> Tensor:
     return rows.view(*rows.shape[:2], pairs_per_sequence, -1, rows.shape[-1])
 
 
-class _Places:
-    """Where the rows and heads of some sequences lie in memory, as a table."""
+class DenseRows:
+    """(batch, seqlen, nheads, head_dim); sequences are consecutive, so that the device is sent nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self._numbers = torch.arange(batch, dtype=torch.int32, device=device)
+
+    def numbers(self, sequences: Sequence[int]) -> Tensor:
+        """The sequences as int32 (sequences,)."""
+        return self._numbers[sequences[0] : sequences[-1] + 1]
+
+    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor:
+        """(sequences, rows, heads, head_dim)."""
+        return tensor[sequences[0] : sequences[-1] + 1, start:stop, heads]
+
+    def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
+        rows = self.view(tensor, sequences, start, stop, heads)
+        pairs = tile.shape[0] // len(sequences)
+        _by_rows(tile, rows, pairs).copy_(_split(rows, pairs))
+
+    def store(
+        self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
+    ) -> None:
+        rows = self.view(tensor, sequences, start, stop, heads)
+        pairs = tile.shape[0] // len(sequences)
+        _split(rows, pairs).copy_(_by_rows(tile, rows, pairs))
+
+
+class PackedRows:
+    """(total, nheads, head_dim); sequence s is rows first[s] to first[s] + lengths[s].
+
+    A sequence alone is a view. Several are gathered, row by row and head by head, by a table of where they lie.
+    """
+
+    def __init__(self, first: Tensor, lengths: Tensor) -> None:
         self._tables: dict[object, tuple[Tensor, Tensor | None]] = {}
         self._tables_of: object = None
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._first = first
+        self._lengths = lengths
+        self._single = list(zip(first.tolist(), lengths.tolist(), strict=True))
 
-    def places(
+    def numbers(self, sequences: Sequence[int]) -> Tensor:
+        return torch.tensor(sequences, dtype=torch.int32, device=self._first.device)
+
+    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor | None:
+        first, length = self._single[sequences[0]]
+        if len(sequences) > 1 or stop > length:
+            return None
+        return tensor[None, first + start : first + stop, heads]
+
+    def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
+        rows = self.view(tensor, sequences, start, stop, heads)
+        pairs = tile.shape[0] // len(sequences)
+        if rows is not None:
+            _by_rows(tile, rows, pairs).copy_(_split(rows, pairs))
+            return
+        flat, places, missing = self._places(tensor, sequences, start, stop, heads, pairs)
+        into = tile.view(-1, tensor.shape[-1])
+        if tile.dtype == tensor.dtype:
+            torch.index_select(flat, 0, places, out=into)
+        else:
+            into.copy_(flat.index_select(0, places))
+        if missing is not None:
+            into.masked_fill_(missing[:, None], 0)
+
+    def store(
+        self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
+    ) -> None:
+        rows = self.view(tensor, sequences, start, stop, heads)
+        pairs = tile.shape[0] // len(sequences)
+        if rows is not None:
+            _split(rows, pairs).copy_(_by_rows(tile, rows, pairs))
+            return
+        flat, places, missing = self._places(tensor, sequences, start, stop, heads, pairs)
+        values = tile.reshape(-1, tensor.shape[-1]).to(tensor.dtype)
+        if missing is None:
+            flat.index_copy_(0, places, values)
+        else:
+            flat.index_copy_(0, places[~missing], values[~missing])
+
+    def _places(
         self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, pairs: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Memory as (., head_dim), which of it every row and head of a tile is, and which of these are missing."""
@@ -85,97 +153,6 @@ class _Places:
         self, sequences: Sequence[int], start: int, stop: int, strides: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
         """Where rows start to stop of every sequence begin, (sequences, rows), and which of them exist; None: all."""
-        raise NotImplementedError
-
-
-class DenseRows(_Places):
-    """(batch, seqlen, nheads, head_dim); sequences are consecutive, so that the device is sent nothing."""
-
-    def __init__(self, batch: int, device: torch.device) -> None:
-        super().__init__()
-        self._numbers = torch.arange(batch, dtype=torch.int32, device=device)
-
-    def numbers(self, sequences: Sequence[int]) -> Tensor:
-        """The sequences as int32 (sequences,)."""
-        return self._numbers[sequences[0] : sequences[-1] + 1]
-
-    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor:
-        """(sequences, rows, heads, head_dim)."""
-        return tensor[sequences[0] : sequences[-1] + 1, start:stop, heads]
-
-    def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
-        rows = self.view(tensor, sequences, start, stop, heads)
-        pairs = tile.shape[0] // len(sequences)
-        _by_rows(tile, rows, pairs).copy_(_split(rows, pairs))
-
-    def store(
-        self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
-    ) -> None:
-        rows = self.view(tensor, sequences, start, stop, heads)
-        pairs = tile.shape[0] // len(sequences)
-        _split(rows, pairs).copy_(_by_rows(tile, rows, pairs))
-
-    def _rows(
-        self, sequences: Sequence[int], start: int, stop: int, strides: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        row = torch.arange(start, stop, device=self._numbers.device)
-        return self.numbers(sequences)[:, None] * strides[0] + row * strides[1], None
-
-
-class PackedRows(_Places):
-    """(total, nheads, head_dim); sequence s is rows first[s] to first[s] + lengths[s].
-
-    A sequence alone is a view. Several are gathered, row by row and head by head, by a table of where they lie.
-    """
-
-    def __init__(self, first: Tensor, lengths: Tensor) -> None:
-        super().__init__()
-        self._first = first
-        self._lengths = lengths
-        self._single = list(zip(first.tolist(), lengths.tolist(), strict=True))
-
-    def numbers(self, sequences: Sequence[int]) -> Tensor:
-        return torch.tensor(sequences, dtype=torch.int32, device=self._first.device)
-
-    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor | None:
-        first, length = self._single[sequences[0]]
-        if len(sequences) > 1 or stop > length:
-            return None
-        return tensor[None, first + start : first + stop, heads]
-
-    def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
-        rows = self.view(tensor, sequences, start, stop, heads)
-        pairs = tile.shape[0] // len(sequences)
-        if rows is not None:
-            _by_rows(tile, rows, pairs).copy_(_split(rows, pairs))
-            return
-        flat, places, missing = self.places(tensor, sequences, start, stop, heads, pairs)
-        into = tile.view(-1, tensor.shape[-1])
-        if tile.dtype == tensor.dtype:
-            torch.index_select(flat, 0, places, out=into)
-        else:
-            into.copy_(flat.index_select(0, places))
-        if missing is not None:
-            into.masked_fill_(missing[:, None], 0)
-
-    def store(
-        self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
-    ) -> None:
-        rows = self.view(tensor, sequences, start, stop, heads)
-        pairs = tile.shape[0] // len(sequences)
-        if rows is not None:
-            _split(rows, pairs).copy_(_by_rows(tile, rows, pairs))
-            return
-        flat, places, missing = self.places(tensor, sequences, start, stop, heads, pairs)
-        values = tile.reshape(-1, tensor.shape[-1]).to(tensor.dtype)
-        if missing is None:
-            flat.index_copy_(0, places, values)
-        else:
-            flat.index_copy_(0, places[~missing], values[~missing])
-
-    def _rows(
-        self, sequences: Sequence[int], start: int, stop: int, strides: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
         chosen = self.numbers(sequences)
         row = torch.arange(start, stop, device=self._first.device)
         exists = self._existing(chosen, row, min(self._single[s][1] for s in sequences), stop)
