@@ -23,7 +23,7 @@ def tensor(argument: str, value: object, dims: str) -> Tensor:
     """A tensor whose dimensions are those named, like "batch, seqlen, nheads, head_dim"."""
     if not isinstance(value, Tensor):
         refuse(argument, f"a tensor ({dims})", type(value).__name__, TypeError)
-    if value.dim() != len(dims.split(",")):
+    if value.dim() != dims.count(",") + 1:
         refuse(argument, f"({dims})", f"shape {tuple(value.shape)}")
     return value
 
@@ -38,21 +38,24 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, str]) -> None:
     tensor("q", q, layout[0])
     tensor("k", k, layout[1])
     tensor("v", v, layout[1])
-    if q.dtype not in DTYPES:
-        refuse("q", "float16, bfloat16, float32 or float64", q.dtype, TypeError)
+    dtype, device = q.dtype, q.device
+    if dtype not in DTYPES:
+        refuse("q", "float16, bfloat16, float32 or float64", dtype, TypeError)
     for argument, other in (("k", k), ("v", v)):
-        if other.dtype != q.dtype:
-            refuse(argument, f"of q's dtype, {q.dtype}", other.dtype, TypeError)
-        if other.device != q.device:
-            refuse(argument, f"on q's device, {q.device}", other.device)
-    _equal("k", "of q's head_dim", k.shape[-1], q.shape[-1])
-    if tuple(v.shape[:-1]) != tuple(k.shape[:-1]):
-        refuse("v", f"of k's shape up to head_dim, {tuple(k.shape[:-1])}", tuple(v.shape[:-1]))
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        refuse("q", f"of a head_dim from 1 to {MAX_HEAD_DIM}", q.shape[-1])
-    if not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
-        refuse("v", f"of a head_dim from 1 to {MAX_HEAD_DIM}", v.shape[-1])
-    nheads, nheads_k = q.shape[-2], k.shape[-2]
+        if other.dtype != dtype:
+            refuse(argument, f"of q's dtype, {dtype}", other.dtype, TypeError)
+        if other.device != device:
+            refuse(argument, f"on q's device, {device}", other.device)
+    *_, nheads, head_dim = q.shape
+    *rows_k, nheads_k, head_dim_k = k.shape
+    *rows_v, nheads_v, head_dim_v = v.shape
+    _equal("k", "of q's head_dim", head_dim_k, head_dim)
+    if rows_v != rows_k or nheads_v != nheads_k:
+        refuse("v", f"of k's shape up to head_dim, {(*rows_k, nheads_k)}", (*rows_v, nheads_v))
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        refuse("q", f"of a head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
+    if not 1 <= head_dim_v <= MAX_HEAD_DIM:
+        refuse("v", f"of a head_dim from 1 to {MAX_HEAD_DIM}", head_dim_v)
     if nheads < 1 or nheads_k < 1 or nheads % nheads_k:
         refuse("k", f"of a number of heads that divides q's {nheads}", nheads_k)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import Case, check_against_float64, make, run_tiled
 
 from compiled_fa.engines import tiled
-from compiled_fa.engines.tiled import TileSizes, call, chunks
+from compiled_fa.engines.tiled import TileSizes, call, chunks, fast_math, products, tiles
 from compiled_fa.engines.tiled.scratch import KEPT_BYTES, Scratch
 from compiled_fa.problem import Packed, Problem
 from compiled_fa.scores import Window
@@ -126,44 +126,89 @@ def test_chunks_hold_every_sequence_and_head_once(lengths, nheads_k, pairs):
     assert sorted(seen) == expected
 
 
+@pytest.fixture
+def tiles_run(monkeypatch):
+    """Shape (pairs, queries, heads_per_key, keys) and dtype of every tile's scores, as tiles run."""
+    ran = []
+
+    def noting(step):
+        def run(self, scores, *arguments):
+            ran.append((tuple(scores.shape), scores.dtype))
+            return step(self, scores, *arguments)
+
+        return run
+
+    for name in ("softmax_step", "gradient_step"):
+        monkeypatch.setattr(call.Kernels, name, noting(getattr(call.Kernels, name)))
+    return ran
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    """On whatever CPU: products of bf16 in bf16."""
+    monkeypatch.setattr(products, "fast_bfloat16", lambda: True)
+
+
+@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("options", [{}, {"causal": True, "heads_per_key": 2}, {"dropout_p": 0.2}], ids=str)
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "varlen"])
-def test_products_in_half_precision(options, dense):
-    """bf16 sequences long enough for products in bf16, where the CPU has them; else this is like any other."""
+def test_products_in_half_precision(tiles_run, options, dense):
     lengths = ((200, 300),) * 2 if dense else ((200, 300), (0, 5), (7, 0), (300, 150), (1, 1))
     data = make(Case(lengths, dense, head_dim=64, head_dim_v=32, dtype=torch.bfloat16, **options))
     check_against_float64(data, run_tiled(data))
+    assert all(dtype == (torch.float32 if shape[1] == 1 else torch.bfloat16) for shape, dtype in tiles_run)
 
 
+@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"slopes": "batch"}], ids=str)
-def test_lengths_rounded_up(monkeypatch, options):
+def test_lengths_rounded_up(monkeypatch, tiles_run, options):
     """As bf16 sequences of very many lengths are."""
-    monkeypatch.setattr(call, "HALF_LENGTHS", 1)
-    monkeypatch.setattr(call, "HALF_LENGTHS_BANDED", 1)
+    monkeypatch.setattr(tiles, "HALF_LENGTHS", 1)
+    monkeypatch.setattr(tiles, "HALF_LENGTHS_BANDED", 1)
     lengths = ((200, 130), (0, 5), (7, 0), (300, 290), (1, 1), (192, 256))
     data = make(Case(lengths, heads_per_key=2, head_dim=32, dtype=torch.bfloat16, **options))
     check_against_float64(data, run_tiled(data))
+    keys = {shape[3] for shape, dtype in tiles_run if dtype == torch.bfloat16}
+    assert {192, 256} <= keys if not options else not keys & {130, 290}
 
 
-def test_pages_end_where_their_table_does(monkeypatch):
+@pytest.mark.usefixtures("fast_bfloat16")
+def test_pages_end_where_their_table_does(monkeypatch, tiles_run):
     """Lengths are not rounded up there."""
-    monkeypatch.setattr(call, "HALF_LENGTHS", 1)
+    monkeypatch.setattr(tiles, "HALF_LENGTHS", 1)
     data = make(Case(((200, 140), (190, 100)), nheads_k=1, head_dim=16, head_dim_v=16, dtype=torch.bfloat16))
     pages = [torch.zeros(2, 140, 1, 16, dtype=torch.bfloat16) for _ in range(2)]
     for page, rows in zip(pages, (data.k, data.v), strict=True):
         page[1], page[0, :100] = rows[:140], rows[140:]
     packed = Packed(*data.cu_seqlens, 200, 140, torch.tensor([[1], [0]], dtype=torch.int32))
     out, lse = tiled.forward(Problem.of(data.q, *pages, packed, *data.options))
+    assert {shape[3] for shape, _ in tiles_run} == {100, 140}
     expected, expected_lse = tiled.forward(data.problem())
     assert torch.allclose(out, expected, atol=2e-2)
     assert torch.allclose(lse, expected_lse, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_few_queries_on_many_keys(dtype):
+def test_few_queries_on_many_keys(dtype, tiles_run):
     lengths = ((1, 5000), (3, 700), (1, 600), (0, 900))
     data = make(Case(lengths, heads_per_key=4, dtype=dtype, causal=True))
+    problem = data.problem()
+    tiled.forward(problem)
+    assert {(shape[1], shape[3]) for shape, _ in tiles_run} == {(1, 2500), (3, 698), (3, 2), (1, 600)}
     check_against_float64(data, run_tiled(data))
+
+
+def test_tanh_of_compiled_steps_is_within_a_few_units_in_the_last_place():
+    x = torch.cat(
+        [torch.linspace(-0.6, 0.6, 200_001), torch.linspace(-12.0, 12.0, 200_001), torch.logspace(-40, 0, 999)]
+    )
+    exact = torch.tanh(x.double())
+    unit = torch.nextafter(exact.float().abs(), torch.tensor(2.0)).double() - exact.float().abs().double()
+    assert ((fast_math.tanh(x).double() - exact).abs() / unit).max() <= 2.25
+    at_the_ends = fast_math.tanh(torch.tensor([-torch.inf, -100.0, 0.0, 100.0, torch.inf, torch.nan]))
+    assert at_the_ends[:5].tolist() == [-1.0, -1.0, 0.0, 1.0, 1.0]
+    assert at_the_ends[5].isnan()
+    assert fast_math.tanh(x.double()) is NotImplemented
 
 
 def test_rows_of_any_stride():

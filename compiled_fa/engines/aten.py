@@ -4,19 +4,21 @@ The kernel knows a scale, "every query sees every key", and causal in a square; 
 What it gives for parts of the keys is merged by lse. Everything else of a score program is for the other engines.
 
 Private API: aten::_scaled_dot_product_flash_attention_for_cpu and its backward, the kernel below
-F.scaled_dot_product_attention, which gives lse too. Tried with torch 2.13.0.
+F.scaled_dot_product_attention, which gives lse too. Tried with torch 2.13.0; where it is missing, the tiled engine
+serves in its place, and a warning says so once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..hardware import fast_bfloat16
+from ..inductor import say_once
 from ..problem import Direction, Packed, Problem
 from ..scores import Window
 
@@ -28,6 +30,8 @@ LONG = 96  # mean tokens of packed sequences from which a call for each of them 
 FEW = 256  # tokens up to which nothing beats a single call
 DECODING, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster
 
+EVERYTHING, CAUSAL = Window(), Window(right=0)
+
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -36,12 +40,14 @@ def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
     if device.type != "cpu":
         return f"its kernel is for CPUs, and this is {device.type}"
     if _forward is None or _backward is None:
-        return f"torch {torch.__version__} does not have its kernel"
+        reason = f"torch {torch.__version__} does not have its kernel"
+        say_once(f"not the aten engine on a CPU: {reason}")
+        return reason
     if problem is None:
         return None
     if problem.softcap or problem.alibi_slopes is not None or problem.dropout_p:
         return "its kernel has no softcap, ALiBi or dropout of ours"
-    if problem.window_in_force not in (Window(), Window(right=0)):
+    if problem.window_in_force not in (EVERYTHING, CAUSAL):
         return "its kernel has no window but causal"
     if not problem.softmax_scale > 0.0:
         return "its kernel multiplies the -inf of masked scores by softmax_scale, which must be positive"
@@ -61,7 +67,7 @@ def slower(problem: Problem, direction: Direction) -> bool:
         return True  # short sequences side by side
     half = q.dtype == torch.bfloat16 and fast_bfloat16()
     if direction == "backward":
-        return half or (seqlen_q > FEW and problem.window_in_force != Window())
+        return half or (seqlen_q > FEW and problem.window_in_force != EVERYTHING)
     return seqlen_k >= (FEW if half else MANY) and (half or seqlen_q <= DECODING)
 
 
@@ -70,8 +76,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
     if packed is None:
         return _attend(problem, q, k, v)
-    out = q.new_zeros(q.shape)
-    lse = q.new_full((q.shape[1], q.shape[0]), -inf, dtype=problem.lse_dtype)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=problem.lse_dtype)
     for queries, keys in _sequences(packed):
         one_out, one_lse = _attend(problem, q[None, queries], k[None, keys], v[None, keys])
         out[queries] = one_out[0]
@@ -84,13 +90,12 @@ def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Ten
     q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
     if packed is None:
         return _differentiate(problem, (q, dout, out), (k, v), lse, dlse)
-    gradients = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for queries, keys in _sequences(packed):
-        rows_q, rows_k = (slice(None), queries), (slice(None), keys)
         one = _differentiate(
             problem,
-            (q[None][rows_q], dout[None][rows_q], out[None][rows_q]),
-            (k[None][rows_k], v[None][rows_k]),
+            (q[None, queries], dout[None, queries], out[None, queries]),
+            (k[None, keys], v[None, keys]),
             lse[None, :, queries],
             dlse[None, :, queries] if dlse is not None else None,
         )
@@ -106,19 +111,32 @@ def _sequences(packed: Packed) -> Iterator[tuple[slice, slice]]:
         yield slice(*cu_seqlens_q[b : b + 2]), slice(*cu_seqlens_k[b : b + 2])
 
 
-def _parts(problem: Problem, seqlen_q: int, seqlen_k: int) -> list[tuple[int, slice, bool]]:
-    """What the kernel can do at once: (first query, keys, causal), from that query to the last.
+class Part(NamedTuple):
+    """What the kernel can do at once: queries from `first` to the last, against keys `first_key` to `last_key`."""
 
-    Causal, aligned to the bottom right, is a triangle on the last keys, and a rectangle on those that lie before all
-    queries; queries that lie before all keys see none.
-    """
-    if not seqlen_q or not seqlen_k:
+    first: int
+    first_key: int
+    last_key: int
+    causal: bool
+
+
+def _parts(problem: Problem, q: Tensor, k: Tensor) -> list[Part]:
+    """Of tensors (B, S, H, D). Causal, aligned to the bottom right, is a triangle on the last keys, and a rectangle on
+    those that lie before all queries; queries that lie before all keys see none."""
+    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+    if not (batch and seqlen_q and seqlen_k):
         return []
     if problem.window_in_force.right is None:
-        return [(0, slice(0, seqlen_k), False)]
+        return [Part(0, 0, seqlen_k, False)]
     before = seqlen_k - seqlen_q
-    triangle = max(-before, 0), slice(max(before, 0), seqlen_k), True
-    return [triangle, (0, slice(0, before), False)] if before > 0 else [triangle]
+    if before <= 0:
+        return [Part(-before, 0, seqlen_k, True)]
+    return [Part(0, before, seqlen_k, True), Part(0, 0, before, False)]
+
+
+def _whole(parts: list[Part]) -> bool:
+    """Is everything one part? (A part alone has all keys.)"""
+    return len(parts) == 1 and parts[0].first == 0
 
 
 def _kernels_layout(x: Tensor) -> Tensor:
@@ -142,29 +160,28 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 def _attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(B, S, H, D) -> out and lse (B, H, Sq)."""
     if q.dtype != torch.float16:
-        return _attend_in_place_of_sdpa(problem, q, k, v)
+        return _attend_by_parts(problem, q, k, v)
     # In fp16 the kernel takes twice the time that it takes in fp32.
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=problem.lse_dtype)
     for sequences, heads, heads_k in _pieces(q, k):
         queries, keys = (sequences, slice(None), heads), (sequences, slice(None), heads_k)
-        out[queries], lse[sequences, heads] = _attend_in_place_of_sdpa(
+        out[queries], lse[sequences, heads] = _attend_by_parts(
             problem, q[queries].float(), k[keys].float(), v[keys].float()
         )
     return out, lse
 
 
-def _attend_in_place_of_sdpa(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    parts = _parts(problem, seqlen_q, seqlen_k) if q.shape[0] else []
+def _attend_by_parts(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    parts, scale = _parts(problem, q, k), problem.softmax_scale
     queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
-    scale = problem.softmax_scale
-    if len(parts) == 1 and parts[0][0] == 0:
-        out, lse = _forward(queries, keys, values, 0.0, parts[0][2], scale=scale)
+    if _whole(parts):
+        out, lse = _forward(queries, keys, values, 0.0, parts[0].causal, scale=scale)
         return out.transpose(1, 2).contiguous(), lse.contiguous()
     out = q.new_zeros(q.shape)
-    lse = q.new_full((q.shape[0], q.shape[2], seqlen_q), -inf, dtype=problem.lse_dtype)
-    for first, seen, causal in parts:
+    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -inf, dtype=problem.lse_dtype)
+    for first, *span, causal in parts:
+        seen = slice(*span)
         part_out, part_lse = _forward(
             queries[:, :, first:], keys[:, :, seen], values[:, :, seen], 0.0, causal, scale=scale
         )
@@ -185,7 +202,7 @@ def _differentiate(
     """-> dq, dk, dv (B, S, H, D); of_queries: q, dout and out; of_keys: k and v."""
     q, k = of_queries[0], of_keys[0]
     if q.dtype != torch.float16 and dlse is None:
-        return _differentiate_in_place_of_sdpa(problem, of_queries, of_keys, lse)
+        return _differentiate_by_parts(problem, of_queries, of_keys, lse)
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
     for sequences, heads, heads_k in _pieces(q, k):
         queries, keys = (sequences, slice(None), heads), (sequences, slice(None), heads_k)
@@ -198,7 +215,7 @@ def _differentiate(
             piece_q, piece_k, piece_v = (torch.nn.functional.pad(x, (0, 1)) for x in (piece_q, piece_k, piece_v))
             piece_dout = torch.cat([piece_dout, torch.ones_like(column)], -1)
             piece_out = torch.cat([piece_out, -column], -1)
-        piece = _differentiate_in_place_of_sdpa(
+        piece = _differentiate_by_parts(
             problem, (piece_q, piece_dout, piece_out), (piece_k, piece_v), lse[sequences, heads]
         )
         for gradient, rows, of_piece in zip(gradients, (queries, keys, keys), piece, strict=True):
@@ -206,18 +223,18 @@ def _differentiate(
     return gradients
 
 
-def _differentiate_in_place_of_sdpa(
+def _differentiate_by_parts(
     problem: Problem, of_queries: tuple[Tensor, Tensor, Tensor], of_keys: tuple[Tensor, Tensor], lse: Tensor
 ) -> Gradients:
+    parts, scale = _parts(problem, of_queries[0], of_keys[0]), problem.softmax_scale
     q, dout, out = (_kernels_layout(x) for x in of_queries)
     k, v = (_kernels_layout(x) for x in of_keys)
-    scale = problem.softmax_scale
-    parts = _parts(problem, q.shape[2], k.shape[2]) if q.shape[0] else []
-    if len(parts) == 1 and parts[0] == (0, slice(0, k.shape[2]), parts[0][2]):
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, parts[0][2], scale=scale)
+    if _whole(parts):
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, parts[0].causal, scale=scale)
     else:
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for first, seen, causal in parts:
+        for first, *span, causal in parts:
+            seen = slice(*span)
             part_q, part_dout, part_out = (x[:, :, first:] for x in (q, dout, out))
             part_k, part_v, part_lse = k[:, :, seen], v[:, :, seen], lse[:, :, first:]
             part = _backward(part_dout, part_q, part_k, part_v, part_out, part_lse, 0.0, causal, scale=scale)

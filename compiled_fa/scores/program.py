@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import masks, terms
@@ -54,6 +55,16 @@ class ScoreProgram:
         if self.alibi_slopes is not None:
             score = terms.alibi(score, self.alibi_slopes[batch, head], self._position(batch, q_idx), kv_idx)
         return score
+
+    def reach(self, largest_product: float, slope: float, dtype: torch.dtype) -> float:
+        """Distance in tokens from which ALiBi leaves a key no weight, for heads of at least this slope; inf: none.
+
+        largest_product: bound of |q·k|. dtype: of the arithmetic.
+        """
+        bound = largest_product * abs(float(self.softmax_scale))
+        if self.softcap is not None:
+            bound = min(bound, float(self.softcap))
+        return terms.alibi_reach(slope, bound, dtype)
 
     def product_gradient(self, dscore: Tensor, product: Tensor) -> Tensor:
         """Gradient of the score -> gradient of q·k. ALiBi only adds, so it plays no part."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...problem import Direction, Problem
 from ...scores import Window
-from ...scores.terms import alibi_reach
 from . import chunks as chunking
 from . import products
 from .chunks import Chunk
@@ -18,16 +16,7 @@ from .kernels import Kernels
 from .rows import DenseRows, PackedRows, PagedRows, Rows
 from .scratch import Scratch
 from .steps import Indices
-from .tiles import (
-    HALF_LENGTHS,
-    HALF_LENGTHS_BANDED,
-    HALF_MULTIPLE,
-    LARGEST,
-    TileSizes,
-    choose,
-    rounded_up,
-    thin,
-)
+from .tiles import HALF_MULTIPLE, LARGEST, TileSizes, choose
 
 
 class Call:
@@ -88,19 +77,15 @@ class Call:
         problem = self.problem
         head_dims = problem.q.shape[-1] + problem.v.shape[-1]
 
-        most = HALF_LENGTHS if self._window == Window() else HALF_LENGTHS_BANDED
         packed = problem.packed is not None and problem.packed.block_table is None  # beyond a table there are no pages
-        many_lengths = packed and len(set(self._lengths)) > most
+        lengths = len(set(self._lengths)) if packed else 1
 
         def sizes(seqlen_q: int, seqlen_k: int) -> TileSizes:
             if self._tiles is not None:
                 return self._tiles
             itemsize, heads = self.product_dtype(seqlen_q, seqlen_k).itemsize, self.heads_per_key
-            rounded = many_lengths and itemsize == 2 and not thin(seqlen_q, seqlen_k, heads)
-            multiple = HALF_MULTIPLE if rounded else 1
-            longest_q, longest_k = rounded_up(seqlen_q, multiple), rounded_up(seqlen_k, multiple)
-            shapes = longest_q, longest_k, problem.k.shape[-2], heads, head_dims, itemsize
-            return replace(choose(direction, *shapes, self._window), multiple=multiple)
+            shapes = seqlen_q, seqlen_k, problem.k.shape[-2], heads, head_dims, itemsize
+            return choose(direction, *shapes, self._window, lengths)
 
         return chunking.chunks(self._lengths, problem.k.shape[-2], self.heads_per_key, self._narrowed_window(), sizes)
 
@@ -113,15 +98,13 @@ class Call:
         longest = max((seqlen_k for _, seqlen_k in self._lengths), default=0)
         if slopes is None or q.device.type != "cpu" or not q.numel() or longest <= 2 * LARGEST:
             return lambda sequences, heads: self._window
-        rows, of_keys = (float(torch.linalg.vector_norm(x, dim=-1, dtype=self.dtype).max()) for x in (q, k))
-        bound = abs(self.problem.softmax_scale) * rows * of_keys
-        bound = min(bound, self.problem.softcap) if self.problem.softcap else bound
+        largest_q, largest_k = (float(torch.linalg.vector_norm(x, dim=-1, dtype=self.dtype).max()) for x in (q, k))
 
         def narrowed(sequences: Sequence[int], heads: slice) -> Window:
             if any(seqlen_q > seqlen_k for seqlen_q, seqlen_k in (self._lengths[s] for s in sequences)):
                 return self._window  # some queries have no key at their own position
             slope = float(slopes[list(sequences), heads].min())
-            return self._window.narrowed(alibi_reach(slope, bound, self.dtype))
+            return self._window.narrowed(self.program.reach(largest_q * largest_k, slope, self.dtype))
 
         return narrowed
 

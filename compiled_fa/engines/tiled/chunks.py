@@ -1,8 +1,9 @@
 """Which sequences and heads run together, and which of their tiles exist.
 
 A chunk is some sequences times some key heads whose tiles have one shape, so that a tile of all of them is one batched
-product. Dense sequences are alike. Packed ones are grouped by length, rounded up by at most a quarter, so that
-thousands of short sequences make a handful of chunks; a long sequence makes its own, and is never padded to.
+product. Dense sequences are alike. Packed ones are grouped by length: by the very length where there are many of each,
+so that nothing is padded; else by lengths rounded up by at most a quarter, so that thousands of short sequences make a
+handful of chunks. A long sequence makes its own, and is never padded to.
 """
 
 from __future__ import annotations
@@ -99,8 +100,7 @@ def _rounded(length: int) -> int:
     """Lengths that share a group: up to a quarter longer than the shortest; long ones only with their like."""
     if length <= 8 or length > ALONE:
         return length
-    step = max(2, 1 << (length.bit_length() - 3))
-    return -(-length // step) * step
+    return rounded_up(length, max(2, 1 << (length.bit_length() - 3)))
 
 
 def _groups(lengths: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:

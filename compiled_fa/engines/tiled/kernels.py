@@ -58,7 +58,7 @@ class Kernels:
         keep_probability: float,
         dtype: torch.dtype,
         device: torch.device,
-        some_masked: bool = True,
+        some_masked: bool,
     ) -> None:
         self._program = program
         self._batch = batch

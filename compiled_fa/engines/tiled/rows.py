@@ -155,12 +155,15 @@ class PackedRows:
         """Where rows start to stop of every sequence begin, (sequences, rows), and which of them exist; None: all."""
         chosen = self.numbers(sequences)
         row = torch.arange(start, stop, device=self._first.device)
-        exists = self._existing(chosen, row, min(self._single[s][1] for s in sequences), stop)
-        place = (self._first[chosen, None] + row) * strides[0]
-        return (place, None) if exists is None else (place.where(exists, 0), exists)
+        place = self._place(chosen, row, start, stop, strides)
+        if stop <= min(self._single[s][1] for s in sequences):
+            return place, None
+        exists = row < self._lengths[chosen, None]
+        return place.where(exists, 0), exists
 
-    def _existing(self, chosen: Tensor, row: Tensor, shortest: int, stop: int) -> Tensor | None:
-        return None if stop <= shortest else row < self._lengths[chosen, None]
+    def _place(self, chosen: Tensor, row: Tensor, start: int, stop: int, strides: Sequence[int]) -> Tensor:
+        """Where rows start to stop, `row`, of sequences begin; past the end of one, anywhere."""
+        return (self._first[chosen, None] + row) * strides[0]
 
 
 class PagedRows(PackedRows):
@@ -174,13 +177,7 @@ class PagedRows(PackedRows):
     def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
         return None
 
-    def _rows(
-        self, sequences: Sequence[int], start: int, stop: int, strides: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        chosen = self.numbers(sequences)
-        row = torch.arange(start, stop, device=self._lengths.device)
-        exists = self._existing(chosen, row, min(self._single[s][1] for s in sequences), stop)
-        blocks = -(-stop // self._block_size)
-        block = self._block_table[chosen, :blocks].long().repeat_interleave(self._block_size, 1)[:, start:stop]
-        place = block * strides[0] + (row % self._block_size) * strides[1]
-        return (place, None) if exists is None else (place.where(exists, 0), exists)
+    def _place(self, chosen: Tensor, row: Tensor, start: int, stop: int, strides: Sequence[int]) -> Tensor:
+        blocks = self._block_table[chosen, : -(-stop // self._block_size)].long()
+        block = blocks.repeat_interleave(self._block_size, 1)[:, start:stop]
+        return block * strides[0] + (row % self._block_size) * strides[1]

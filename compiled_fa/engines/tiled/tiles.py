@@ -15,15 +15,13 @@ from ...problem import Direction
 from ...scores import Window
 
 LARGEST = 512  # queries or keys of a tile
-BANDED = (
-    256  # queries (forward) or keys (backward) of the same under a window or causal, whose rims cost half a tile each
-)
+BANDED = 256  # queries (forward) or keys (backward) under a window or causal, whose rims cost half a tile each
 THIN = 16  # rows up to which reading the keys is what takes time, as in decoding
 THIN_KEYS = 4096  # keys of a tile, of all its sequences, then
 # A product in bf16 is machine code of its own for every shape, and oneDNN keeps no more than 1024 of them. Sequences of
 # so many lengths that they would need more run rounded up.
 HALF_MULTIPLE = 64
-HALF_LENGTHS, HALF_LENGTHS_BANDED = 84, 42
+HALF_LENGTHS, HALF_LENGTHS_BANDED = 84, 42  # lengths up to which they need not; banded as above
 SCORES = 1 << 20  # bytes of scores of a tile, for each core
 CHUNK_BYTES = 64 << 20  # copies of k and v (forward), or of the query side (backward), that a chunk may hold
 
@@ -62,6 +60,7 @@ def choose(
     head_dims: int,
     itemsize: int,
     window: Window,
+    lengths: int = 1,
 ) -> TileSizes:
     """Tile sizes for sequences of (at most) these lengths.
 
@@ -69,10 +68,15 @@ def choose(
     product's operand.
     window: keys that queries see. Tiles are cut where it ends in the direction of the inner loop; only in the other one
     do they want to be smaller for it.
+    lengths: pairs of lengths that differ among the call's packed sequences.
     """
     if direction == "forward" and thin(seqlen_q, seqlen_k, heads_per_key):
         return TileSizes(seqlen_q, _even(seqlen_k, THIN_KEYS), nheads_k * max(1, THIN_KEYS // seqlen_k))
-    half = min(itemsize, 4) < 4
+    half = itemsize < 4
+    multiple = 1
+    if half and lengths > (HALF_LENGTHS if window == Window() else HALF_LENGTHS_BANDED):
+        multiple = HALF_MULTIPLE
+        seqlen_q, seqlen_k = rounded_up(seqlen_q, multiple), rounded_up(seqlen_k, multiple)
     rows, keys = LARGEST * (2 if half else 1), LARGEST
     if window != Window() and direction == "forward":
         rows = BANDED // (1 if half or None in window else 2)
@@ -83,4 +87,4 @@ def choose(
     copied = seqlen_k if direction == "forward" else 2 * heads_per_key * seqlen_q
     scores = max(1, heads_per_key * queries * keys * itemsize)
     pairs = min(SCORES * torch.get_num_threads() // scores, CHUNK_BYTES // max(1, copied * head_dims * itemsize))
-    return TileSizes(queries, keys, max(1, pairs))
+    return TileSizes(queries, keys, max(1, pairs), multiple)
