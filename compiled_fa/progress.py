@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TextIO, TypeVar
 
 Result = TypeVar("Result")
 
-SAY_AFTER = 0.5  # seconds; what comes from the disk's cache is there before
-PROGRESS_AFTER = 2.0
+LOOK_EVERY = 0.1  # seconds, until there is something to say
+PROGRESS_AFTER, PROGRESS_EVERY = 2.0, 1.0
 
 
-def result_of(future: Future[Result], what: str, stream: TextIO | None = None) -> Result:
+def result_of(
+    future: Future[Result], what: str, is_compiling: Callable[[], bool], stream: TextIO | None = None
+) -> Result:
     """A compilation's result. Says once that `what` is being compiled, and how long it has taken when that is long.
 
+    is_compiling: is it more than loading from the disk's cache? As long as it is not, nothing is said for two seconds.
     stream: a terminal, or not; None: stderr.
     """
     stream = stream or sys.stderr
@@ -26,12 +30,17 @@ def result_of(future: Future[Result], what: str, stream: TextIO | None = None) -
         stream.write(text)
         stream.flush()
 
-    start = time.perf_counter()
-    if not wait([future], SAY_AFTER).done:
-        write(f"compiled_fa: compiling {what}, once for this machine ...")
-        wait([future], PROGRESS_AFTER - SAY_AFTER)
-        while not future.done():
-            write(f"\rcompiled_fa: compiling {what}, once for this machine ... {time.perf_counter() - start:.0f} s")
-            wait([future], 1.0)
-        write(f"\rcompiled_fa: compiling {what}, once for this machine: {time.perf_counter() - start:.1f} s\n")
+    start, said = time.perf_counter(), ""
+    while not wait([future], PROGRESS_EVERY if said else LOOK_EVERY).done:
+        seconds = time.perf_counter() - start
+        if said:
+            write(f"\r{said} ... {seconds:.0f} s" if seconds >= PROGRESS_AFTER else "")
+        elif is_compiling():
+            said = f"compiled_fa: compiling {what}, once for this machine"
+            write(f"{said} ...")
+        elif seconds >= PROGRESS_AFTER:
+            said = f"compiled_fa: loading {what}"
+            write(f"{said} ...")
+    if said:
+        write(f"\r{said}: {time.perf_counter() - start:.1f} s\n")
     return future.result()

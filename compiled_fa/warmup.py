@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
 from .interface import Result, flash_attn_func, flash_attn_varlen_func
+
+SHORT = 64  # tokens; in bf16, short tiles and those of twice the length are code of their own
 
 
 def warmup(
@@ -30,11 +33,11 @@ def warmup(
 
     On a CPU one piece of machine code serves every shape, scale, window and head_dim; which of softcap, ALiBi and
     dropout there are, whether anything is masked, the dtype, and the direction tell pieces apart. On a GPU also the
-    heads and head_dim. Plain and causal forward calls on a CPU need nothing.
+    heads and head_dim.
 
     Args:
         dtype, device: of q, k and v.
-        seqlen: tokens of the example; long calls may be served by other code than short ones.
+        seqlen: tokens of the longest example; there are shorter ones, too, which other code may serve.
         nheads, nheads_k, head_dim: heads of q, of k and v (None: as many), and their dimension.
         varlen: compile flash_attn_varlen_func's code in place of flash_attn_func's.
         backward: gradients, too.
@@ -50,20 +53,32 @@ def warmup(
     start = time.perf_counter()
     nheads_k = nheads if nheads_k is None else nheads_k
     device = torch.device(device)
-    shapes = ((seqlen, heads, head_dim) for heads in (nheads, nheads_k, nheads_k))
-    q, k, v = (torch.zeros(1, *shape, dtype=dtype, device=device, requires_grad=backward) for shape in shapes)
     slopes = torch.full((nheads,), 0.1, device=device) if alibi else None
+    options = (dropout_p, None, causal, window_size, softcap, slopes)
 
-    def call() -> Result:
-        options = (dropout_p, None, causal, window_size, softcap, slopes)
-        if not varlen:
-            return flash_attn_func(q, k, v, *options)
-        cu_seqlens = torch.tensor([0, seqlen], dtype=torch.int32, device=device)
-        return flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens, cu_seqlens, seqlen, seqlen, *options)
+    def call(lengths: Sequence[int]) -> None:
+        shapes = ((sum(lengths), heads, head_dim) for heads in (nheads, nheads_k, nheads_k))
+        q, k, v = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=backward) for shape in shapes)
+        out: Result
+        if varlen:
+            cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), *options)
+        else:
+            out = flash_attn_func(q[None], k[None], v[None], *options)
+        if backward and isinstance(out, torch.Tensor):
+            torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
 
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(backward):  # dropout draws
-        out = call()
-        if backward and isinstance(out, torch.Tensor):
-            torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+        for lengths in _batches(seqlen, varlen):
+            call(lengths)
     return time.perf_counter() - start
+
+
+def _batches(seqlen: int, varlen: bool) -> list[list[int]]:
+    """Lengths of sequences which between them need all code: long ones, and, of one length and of many, short ones."""
+    short = [min(seqlen, SHORT), min(seqlen, 2 * SHORT)]
+    if not varlen:
+        return [[seqlen], short[:1]]
+    ragged = [list(range(max(1, length - 7), length + 1)) for length in short]
+    return [[seqlen] * 2, short[:1] * 8, *ragged]

@@ -1,8 +1,12 @@
 """Compiling ahead, and what a person who waits is told."""
 
 import io
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ import torch
 import compiled_fa
 from compiled_fa import inductor, progress
 from compiled_fa.engines.tiled import inductor as steps_inductor
+from compiled_fa.hardware import fast_bfloat16
 
 
 class Terminal(io.StringIO):
@@ -17,73 +22,92 @@ class Terminal(io.StringIO):
         return True
 
 
-def waited(result, terminal, held=True):
-    """result_of a future that is held back until it has been waited for once in vain, or is there at once."""
-    release = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(lambda: (release.wait(), result)[1])
-        if not held:
-            release.set()
-            future.result()
-        patched, calls = progress.wait, []
+def waited(monkeypatch, terminal, is_compiling, looks=4, seconds_a_look=1.0):
+    """result_of a future that is done after some looks at it, which take time by a clock of their own."""
+    future, now = Future(), 0.0
 
-        def wait(futures, timeout):
-            calls.append(timeout)
-            if len(calls) > 3:
-                release.set()
-                return patched(futures)
-            return patched(futures, 0)
+    def wait(futures, timeout):
+        nonlocal now
+        now += seconds_a_look
+        if now > looks * seconds_a_look:
+            future.set_result(7)
+        return SimpleNamespace(done=future.done())
 
-        progress.wait = wait
-        try:
-            return progress.result_of(future, "a test", terminal)
-        finally:
-            progress.wait = patched
-            release.set()
+    monkeypatch.setattr(progress, "wait", wait)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    return progress.result_of(future, "a test", is_compiling, terminal)
 
 
-def test_a_terminal_is_told_once_and_then_of_progress():
+def test_a_terminal_is_told_once_and_then_of_progress(monkeypatch):
     terminal = Terminal()
-    assert waited(7, terminal) == 7
-    said = terminal.getvalue()
-    assert said.count("\n") == 1
-    assert said.startswith("compiled_fa: compiling a test, once for this machine ...\r")
-    assert said.endswith(" s\n")
+    assert waited(monkeypatch, terminal, lambda: True) == 7
+    line = "compiled_fa: compiling a test, once for this machine"
+    assert terminal.getvalue() == "\r".join(
+        [f"{line} ...", *(f"{line} ... {n} s" for n in (2, 3, 4)), f"{line}: 5.0 s\n"]
+    )
 
 
-def test_nothing_is_said_of_what_is_there_at_once():
+def test_what_is_on_disk_is_not_said_to_be_compiled(monkeypatch):
     terminal = Terminal()
-    assert waited(7, terminal, held=False) == 7
+    assert waited(monkeypatch, terminal, lambda: False, looks=1) == 7
     assert terminal.getvalue() == ""
+    waited(monkeypatch, terminal, lambda: False)
+    assert terminal.getvalue().startswith("compiled_fa: loading a test ...\r")
 
 
-def test_nothing_is_said_to_a_program():
-    pipe = io.StringIO()
-    with ThreadPoolExecutor(1) as pool:
-        assert progress.result_of(pool.submit(lambda: 7), "a test", pipe) == 7
+def test_nothing_is_said_to_a_program(monkeypatch):
+    pipe, future = io.StringIO(), Future()
+    future.set_result(7)
+    assert progress.result_of(future, "a test", lambda: True, pipe) == 7
     assert pipe.getvalue() == ""
+
+
+def test_a_miss_of_the_cache_on_disk_is_noticed(compiled_steps, tmp_path):
+    """In processes of their own: the first finds an empty cache, the second what the first has left there."""
+    program = (
+        "import torch\n"
+        "from compiled_fa import inductor\n"
+        "before = inductor._cache_misses()\n"
+        "make = lambda size: [torch.empty(size('n', 8))]\n"
+        "inductor.compile_graph(lambda x: (x + 1,), make, {})\n"
+        "print(inductor._cache_misses() - before)"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    first, second = (subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2))
+    assert (first.stdout, second.stdout) == ("1\n", "0\n"), first.stderr + second.stderr
 
 
 def test_errors_pass_through():
     with ThreadPoolExecutor(1) as pool, pytest.raises(ZeroDivisionError):
-        progress.result_of(pool.submit(lambda: 1 / 0), "a test", Terminal())
+        progress.result_of(pool.submit(lambda: 1 / 0), "a test", lambda: True, Terminal())
 
 
-@pytest.mark.parametrize("varlen", [False, True])
-def test_warmup_compiles_what_calls_need(compiled_steps, varlen, monkeypatch):
-    options = {"causal": True, "softcap": 5.0}
+FEATURES = {"causal": True, "softcap": 5.0, "dropout_p": 0.1}
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.float32, FEATURES), (torch.float32, {}), (torch.bfloat16, {})], ids=str
+)
+def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options, monkeypatch):
+    monkeypatch.setattr(inductor, "_compiled", {})
+    monkeypatch.setattr(steps_inductor, "_failed", set())
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    assert compiled_fa.warmup(seqlen=300, varlen=varlen, dropout_p=0.1, **options) > 0
+    assert compiled_fa.warmup(seqlen=300, varlen=varlen, dtype=dtype, **options) > 0
     assert torch.equal(torch.get_rng_state(), state)
+    if options or varlen or (dtype == torch.bfloat16 and fast_bfloat16()):
+        assert inductor._compiled
     monkeypatch.setattr(inductor, "compile_graph", None)  # to compile anything now is an error
-    q = torch.randn(2, 340, 3, 16, requires_grad=True)
-    if varlen:
-        cu_seqlens = torch.tensor([0, 100, 340], dtype=torch.int32)
-        out = compiled_fa.flash_attn_varlen_func(*[q[0]] * 3, cu_seqlens, cu_seqlens, 240, 240, 0.1, **options)
-    else:
-        out = compiled_fa.flash_attn_func(q, q, q, 0.1, **options)
-    out.sum().backward()
+    for lengths in ([340], [50], [17] * 9, list(range(1, 60)), [100, 240], list(range(110, 200, 11))):
+        q = torch.randn(1, sum(lengths), 3, 16, dtype=dtype, requires_grad=True)
+        if varlen:
+            cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+            out = compiled_fa.flash_attn_varlen_func(*[q[0]] * 3, *[cu_seqlens] * 2, *[max(lengths)] * 2, **options)
+        else:
+            out = compiled_fa.flash_attn_func(q, q, q, **options)
+        out.sum().backward()
     assert not steps_inductor._failed
 
 

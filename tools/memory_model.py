@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,10 @@ def measured_peak(name: str, direction: Direction, config: Config) -> tuple[int,
     way = "forward" if direction == "forward" else "forward+backward"
     request = {"case": case, "direction": way, "peer": "naive" if name == "naive" else "ours"}
     command = [sys.executable, "-m", "bench.peak"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, cwd=ROOT, check=False)
+    environment = os.environ | ({} if name == "naive" else {"COMPILED_FA_ENGINE": name})
+    done = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
     if done.returncode:
         raise SystemExit(f"measuring {name} failed:\n{done.stderr}")
     found = json.loads(done.stdout.splitlines()[-1])

@@ -19,9 +19,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _engines(asked_for: str, device: torch.device) -> str:
+    """Those that serve the device, each what the ones before it leave, and why others do not."""
+    if asked_for != "auto":
+        return "{} ({})".format(*engines.choose(asked_for, device))
+    refusals = {name: engine.why_not(device) for name, engine in engines.ENGINES.items()}
+    serving = ", then ".join(name for name, reason in refusals.items() if reason is None)
+    others = "; ".join(f"not {name}: {reason}" for name, reason in refusals.items() if reason is not None)
+    return f"{serving} ({others})" if others else serving
+
+
 def describe(device: torch.device, engine: str) -> dict[str, str]:
     """Labels and values, in the order of the report."""
-    name, reason = engines.choose(engine, device)
     cuda = device.type == "cuda"
     hardware = torch.cuda.get_device_name(device) if cuda else f"{platform.processor() or platform.machine()}"
     capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else "none (not a CUDA device)"
@@ -33,6 +42,6 @@ def describe(device: torch.device, engine: str) -> dict[str, str]:
         "C++ compiler": inductor.compiler() or "none found",
         "device": f"{device} ({hardware}), {torch.get_num_threads()} threads",
         "compute capability": capability,
-        "engine": f"{name} ({reason})",
+        "engine": _engines(engine, device),
         "compiled steps": inductor.why_not() or "yes, by Inductor" if device.type == "cpu" else "no, plain PyTorch ops",
     }
