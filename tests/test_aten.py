@@ -43,12 +43,25 @@ def test_without_gradient_of_lse(dtype, causal):
         assert torch.allclose(one, other, atol=torch.finfo(dtype).eps * 16)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_short_sequences_of_one_length_share_a_call(monkeypatch, causal):
+    lengths = ((5, 5), (9, 7), (5, 5), (5, 5), (0, 4), (9, 7), (3, 0), (0, 4), (200, 90), (5, 5), (200, 90))
+    data = make(Case(lengths, heads_per_key=2, causal=causal))
+    check_against_float64(data, run_engine(aten, data))
+    calls = []
+    for name in ("_forward", "_backward"):
+        kernel = getattr(aten.kernel, name)
+        monkeypatch.setattr(aten.kernel, name, lambda *a, kernel=kernel, **o: (calls.append(a[0]), kernel(*a, **o))[1])
+    run_engine(aten, data)
+    assert sorted(len(batch) for batch in calls) == 2 * [1] * 2 + 2 * [2] + 2 * [4]
+
+
 def test_half_precision_in_pieces(monkeypatch):
     """Heads and sequences whose fp32 copies are over the limit are done one after another."""
     data = make(Case(((30, 40),) * 3, True, nheads_k=3, heads_per_key=2, dtype=torch.float16))
     whole = run_engine(aten, data)
     for limit in (1, 20_000):
-        monkeypatch.setattr(aten, "WIDENED_BYTES", limit)
+        monkeypatch.setattr(aten.kernel, "WIDENED_BYTES", limit)
         pieces = run_engine(aten, data)
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 

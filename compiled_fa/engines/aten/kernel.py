@@ -1,7 +1,4 @@
-"""The aten engine: on a CPU, rectangles and triangles of plain scores go to PyTorch's own flash kernel.
-
-The kernel knows a scale, "every query sees every key", and causal in a square; nothing of it is compiled at first use.
-What it gives for parts of the keys is merged by lse. Everything else of a score program is for the other engines.
+"""Calls of PyTorch's flash kernel for CPUs on (B, S, H, D), by the parts that it can do, merged by lse.
 
 Private API: aten::_scaled_dot_product_flash_attention_for_cpu and its backward, the kernel below
 F.scaled_dot_product_attention, which gives lse too. Tried with torch 2.13.0; where it is missing, the tiled engine
@@ -17,98 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..hardware import fast_bfloat16
-from ..inductor import say_once
-from ..problem import Direction, Packed, Problem
-from ..scores import Window
+from ...problem import Problem
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 WIDENED_BYTES = 32 << 20  # of fp32 copies at a time, where half precision is computed in fp32
-LONG = 96  # mean tokens of packed sequences from which a call for each of them pays
-FEW = 256  # tokens up to which nothing beats a single call
-DECODING, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster
-
-EVERYTHING, CAUSAL = Window(), Window(right=0)
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
-    """Why this engine cannot serve a device, or a call on it; None: it can."""
-    if device.type != "cpu":
-        return f"its kernel is for CPUs, and this is {device.type}"
-    if _forward is None or _backward is None:
-        reason = f"torch {torch.__version__} does not have its kernel"
-        say_once(f"not the aten engine on a CPU: {reason}")
-        return reason
-    if problem is None:
-        return None
-    if problem.softcap or problem.alibi_slopes is not None or problem.dropout_p:
-        return "its kernel has no softcap, ALiBi or dropout of ours"
-    if problem.window_in_force not in (EVERYTHING, CAUSAL):
-        return "its kernel has no window but causal"
-    if not problem.softmax_scale > 0.0:
-        return "its kernel multiplies the -inf of masked scores by softmax_scale, which must be positive"
-    if problem.packed is not None and problem.packed.block_table is not None:
-        return "its kernel does not read pages"
-    if problem.q.shape[-1] != problem.v.shape[-1]:
-        return "its kernel wants one head_dim for q, k and v"
-    return None
-
-
-def slower(problem: Problem, direction: Direction) -> bool:
-    """Is another engine faster at a call that this one could serve? As measured: bench/NOTES.md."""
-    q, k, packed = problem.q, problem.k, problem.packed
-    sequences = 1 if packed is None else max(1, problem.batch)
-    seqlen_q, seqlen_k = q.shape[-3] // sequences, k.shape[-3] // sequences  # on average
-    if packed is not None and max(seqlen_q, seqlen_k) < LONG:
-        return True  # short sequences side by side
-    half = q.dtype == torch.bfloat16 and fast_bfloat16()
-    if direction == "backward":
-        return half or (seqlen_q > FEW and problem.window_in_force != EVERYTHING)
-    return seqlen_k >= (FEW if half else MANY) and (half or seqlen_q <= DECODING)
-
-
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """-> out, shaped as q, and lse, (B, H, Sq) or, packed, (H, T)."""
-    q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
-    if packed is None:
-        return _attend(problem, q, k, v)
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=problem.lse_dtype)
-    for queries, keys in _sequences(packed):
-        one_out, one_lse = _attend(problem, q[None, queries], k[None, keys], v[None, keys])
-        out[queries] = one_out[0]
-        lse[:, queries] = one_lse[0]
-    return out, lse
-
-
-def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None) -> Gradients:
-    """-> dq, dk, dv, from the lse given, which may be merged over more keys than these; dlse: its gradient, or None."""
-    q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
-    if packed is None:
-        return _differentiate(problem, (q, dout, out), (k, v), lse, dlse)
-    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    for queries, keys in _sequences(packed):
-        one = _differentiate(
-            problem,
-            (q[None, queries], dout[None, queries], out[None, queries]),
-            (k[None, keys], v[None, keys]),
-            lse[None, :, queries],
-            dlse[None, :, queries] if dlse is not None else None,
-        )
-        for gradient, rows, of_one in zip(gradients, (queries, keys, keys), one, strict=True):
-            gradient[rows] = of_one[0]
-    return gradients
-
-
-def _sequences(packed: Packed) -> Iterator[tuple[slice, slice]]:
-    """Rows of the queries and of the keys of every sequence."""
-    cu_seqlens_q, cu_seqlens_k = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_k.tolist()
-    for b in range(len(cu_seqlens_q) - 1):
-        yield slice(*cu_seqlens_q[b : b + 2]), slice(*cu_seqlens_k[b : b + 2])
+def missing() -> str | None:
+    """Why there is no kernel; None: there is."""
+    return f"torch {torch.__version__} does not have its kernel" if _forward is None or _backward is None else None
 
 
 class Part(NamedTuple):
@@ -157,7 +75,7 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(first, first + sequences), slice(head * heads_per_key, stop * heads_per_key), slice(head, stop)
 
 
-def _attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(B, S, H, D) -> out and lse (B, H, Sq)."""
     if q.dtype != torch.float16:
         return _attend_by_parts(problem, q, k, v)
@@ -192,7 +110,7 @@ def _attend_by_parts(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple
     return out, lse
 
 
-def _differentiate(
+def differentiate(
     problem: Problem,
     of_queries: tuple[Tensor, Tensor, Tensor],
     of_keys: tuple[Tensor, Tensor],

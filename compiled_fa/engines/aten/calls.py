@@ -1,0 +1,38 @@
+"""Forward and backward of a call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...problem import Problem
+from .groups import groups
+from .kernel import Gradients, attend, differentiate
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """-> out, shaped as q, and lse, (B, H, Sq) or, packed, (H, T)."""
+    q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
+    if packed is None:
+        return attend(problem, q, k, v)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=problem.lse_dtype)
+    for queries, keys in groups(packed):
+        some_out, some_lse = attend(problem, queries.take(q), keys.take(k), keys.take(v))
+        queries.put(out, some_out)
+        queries.put(lse.mT, some_lse.mT)
+    return out, lse
+
+
+def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None) -> Gradients:
+    """-> dq, dk, dv, from the lse given, which may be merged over more keys than these; dlse: its gradient, or None."""
+    q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
+    if packed is None:
+        return differentiate(problem, (q, dout, out), (k, v), lse, dlse)
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    for queries, keys in groups(packed):
+        of_queries = queries.take(q), queries.take(dout), queries.take(out)
+        some_dlse = None if dlse is None else queries.take(dlse.mT).mT
+        some = differentiate(problem, of_queries, (keys.take(k), keys.take(v)), queries.take(lse.mT).mT, some_dlse)
+        for rows, gradient, values in zip((queries, keys, keys), gradients, some, strict=True):
+            rows.put(gradient, values)
+    return gradients

@@ -1,0 +1,58 @@
+"""Packed sequences of one length as a batch.
+
+Short ones are gathered, so that the kernel is called once for all of a length. A sequence alone, and those that lie
+side by side, are a view.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...problem import Packed
+
+SHORT = 96  # tokens below which a sequence is not worth a call of its own
+ROWS = 512  # of a batch, so that it is still in the cache when it is used
+
+
+class Group:
+    """Sequences of one length in a packed tensor (T, ...), as (sequences, seqlen, ...)."""
+
+    def __init__(self, first: Sequence[int], length: int) -> None:
+        self._shape = len(first), length
+        self._rows: slice | Tensor = slice(first[0], first[0] + length * len(first))
+        if any(start != first[0] + number * length for number, start in enumerate(first)):
+            self._rows = (torch.tensor(first)[:, None] + torch.arange(length)).flatten()
+
+    def take(self, packed: Tensor) -> Tensor:
+        rows = packed[self._rows] if isinstance(self._rows, slice) else packed.index_select(0, self._rows)
+        return rows.view(*self._shape, *packed.shape[1:])
+
+    def put(self, packed: Tensor, batch: Tensor) -> None:
+        if isinstance(self._rows, slice):
+            packed[self._rows] = batch.flatten(0, 1)
+        else:
+            packed.index_copy_(0, self._rows, batch.flatten(0, 1))
+
+
+def _lengths(packed: Packed) -> list[tuple[int, int]]:
+    of_q, of_k = (cu_seqlens.diff().tolist() for cu_seqlens in (packed.cu_seqlens_q, packed.cu_seqlens_k))
+    return list(zip(of_q, of_k, strict=True))
+
+
+def groups(packed: Packed) -> Iterator[tuple[Group, Group]]:
+    """Queries and keys of all sequences: short ones with those of their lengths, others alone."""
+    lengths = _lengths(packed)
+    first_q, first_k = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_k.tolist()
+    together: dict[object, list[int]] = defaultdict(list)
+    for sequence, pair in enumerate(lengths):
+        together[pair if max(pair) < SHORT else sequence].append(sequence)
+    for members in together.values():
+        length_q, length_k = lengths[members[0]]
+        at_once = max(1, ROWS // max(1, length_q, length_k))
+        for start in range(0, len(members), at_once):
+            some = members[start : start + at_once]
+            yield Group([first_q[s] for s in some], length_q), Group([first_k[s] for s in some], length_k)
