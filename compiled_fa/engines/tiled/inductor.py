@@ -69,10 +69,13 @@ def example(size: Size, *shape: str, dtype: torch.dtype, of_larger: bool = False
     return torch.empty_strided(sizes, (size("stride of " + ", ".join(shape), 1 << 22), *inner.stride()), dtype=dtype)
 
 
-def compiled(key: object, step: Step, examples: Callable[[Size], Sequence[Tensor]], what: str) -> Compiled | None:
+def compiled(
+    key: object, step: Step, examples: Callable[[Size], Sequence[Tensor]], what: str, **config: Any
+) -> Compiled | None:
     """`step`, which writes into its arguments and returns nothing, as machine code for a list of tensors; or None.
 
     key: names the step in the process's cache. examples: makes fake tensors to trace with. what: its name for people.
+    config: Inductor's, for this step.
     """
     if reason := why_not():
         say_once(reason)
@@ -87,7 +90,7 @@ def compiled(key: object, step: Step, examples: Callable[[Size], Sequence[Tensor
     # Inductor takes a graph whose writes into its inputs come last, as copies.
     functional = functionalize(returns_nothing, remove="mutations_and_views")
     try:
-        return inductor.compiled_graph(key, functional, examples, what, DECOMPOSITIONS, **_CONFIG)
+        return inductor.compiled_graph(key, functional, examples, what, DECOMPOSITIONS, **_CONFIG, **config)
     except Exception as error:
         say_once(f"Inductor could not compile a step ({type(error).__name__}: {error}); it runs eagerly")
         _failed.add(key)

@@ -42,6 +42,9 @@ class Features:
 
 TILE, ROWS = ("p", "m", "g", "n"), ("p", "m", "g")  # shapes, in the words of steps.py
 
+# Operations from which Inductor keeps a value: fewer than softcap takes and more than a plain score's; more than any.
+KEEP_SCORE, KEEP_NOTHING = 20, 1000
+
 Kernel = Callable[[Features], Compiled | None]
 
 
@@ -185,7 +188,9 @@ def _softmax_kernel(features: Features) -> Compiled | None:
         rest = [example(size, *shape, dtype=features.dtype) for shape in (ROWS, ROWS, ("p", "m", "g", "d"))]
         return [scores, *rest, *_example_arguments(size, features)]
 
-    return inductor.compiled(("softmax", features), step, examples, f"a forward step ({features.words})")
+    # The row's maximum and its sum are two loops: a capped score is kept between them, and not made twice.
+    kept = {"realize_opcount_threshold": KEEP_SCORE} if features.softcap and not features.masked else {}
+    return inductor.compiled(("softmax", features), step, examples, f"a forward step ({features.words})", **kept)
 
 
 def _gradient_kernel(features: Features) -> Compiled | None:
@@ -198,4 +203,6 @@ def _gradient_kernel(features: Features) -> Compiled | None:
         rows = [example(size, *ROWS, dtype=features.dtype, of_larger=True) for _ in range(2)]
         return [*tiles, *rows, *_example_arguments(size, features)]
 
-    return inductor.compiled(("gradient", features), step, examples, f"a backward step ({features.words})")
+    # All in one loop: nothing needs to be kept.
+    kept = {"realize_opcount_threshold": KEEP_NOTHING}
+    return inductor.compiled(("gradient", features), step, examples, f"a backward step ({features.words})", **kept)
