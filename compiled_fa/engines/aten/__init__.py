@@ -42,8 +42,6 @@ def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
         return "its kernel has no window but causal"
     if not problem.softmax_scale > 0.0:
         return "its kernel multiplies the -inf of masked scores by softmax_scale, which must be positive"
-    if problem.packed is not None and problem.packed.block_table is not None:
-        return "its kernel does not read pages"
     if problem.q.shape[-1] != problem.v.shape[-1]:
         return "its kernel wants one head_dim for q, k and v"
     return None
@@ -53,6 +51,8 @@ def slower(problem: Problem, direction: Direction) -> bool:
     """Is another engine faster at a call that this one could serve? As measured: bench/NOTES.md."""
     q, k, packed = problem.q, problem.k, problem.packed
     half = q.dtype == torch.bfloat16 and fast_bfloat16()
+    if packed is not None and packed.block_table is not None:
+        return half or packed.max_seqlen_q > DECODING or packed.max_seqlen_k > MANY
     sequences = 1 if packed is None else max(1, problem.batch)
     seqlen_q, seqlen_k = q.shape[-3] // sequences, k.shape[-3] // sequences  # on average
     if direction == "backward":

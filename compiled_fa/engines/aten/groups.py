@@ -1,7 +1,7 @@
 """Packed sequences of one length as a batch.
 
 Short ones are gathered, so that the kernel is called once for all of a length. A sequence alone, and those that lie
-side by side, are a view.
+side by side, are a view. Keys in pages are always copied.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from ...problem import Packed
+from ...scratch import Scratch
 
 SHORT = 96  # tokens below which a sequence is not worth a call of its own
 ROWS = 512  # of a batch, so that it is still in the cache when it is used
 
 
 class Group:
-    """Sequences of one length in a packed tensor (T, ...), as (sequences, seqlen, ...)."""
+    """Sequences of one length in a packed tensor (T, ...), as (sequences, length, ...)."""
 
     def __init__(self, first: Sequence[int], length: int) -> None:
+        self.length = length
         self._shape = len(first), length
         self._rows: slice | Tensor = slice(first[0], first[0] + length * len(first))
         if any(start != first[0] + number * length for number, start in enumerate(first)):
@@ -38,15 +40,10 @@ class Group:
             packed.index_copy_(0, self._rows, batch.flatten(0, 1))
 
 
-def _lengths(packed: Packed) -> list[tuple[int, int]]:
-    of_q, of_k = (cu_seqlens.diff().tolist() for cu_seqlens in (packed.cu_seqlens_q, packed.cu_seqlens_k))
-    return list(zip(of_q, of_k, strict=True))
-
-
-def groups(packed: Packed) -> Iterator[tuple[Group, Group]]:
-    """Queries and keys of all sequences: short ones with those of their lengths, others alone."""
-    lengths = _lengths(packed)
+def groups(packed: Packed) -> Iterator[tuple[list[int], Group, Group]]:
+    """Sequences, and their queries and keys, until all have come: short ones with those of their lengths."""
     first_q, first_k = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_k.tolist()
+    lengths = [(first_q[s + 1] - first_q[s], first_k[s + 1] - first_k[s]) for s in range(len(first_q) - 1)]
     together: dict[object, list[int]] = defaultdict(list)
     for sequence, pair in enumerate(lengths):
         together[pair if max(pair) < SHORT else sequence].append(sequence)
@@ -55,4 +52,13 @@ def groups(packed: Packed) -> Iterator[tuple[Group, Group]]:
         at_once = max(1, ROWS // max(1, length_q, length_k))
         for start in range(0, len(members), at_once):
             some = members[start : start + at_once]
-            yield Group([first_q[s] for s in some], length_q), Group([first_k[s] for s in some], length_k)
+            yield some, Group([first_q[s] for s in some], length_q), Group([first_k[s] for s in some], length_k)
+
+
+def in_pages(pages: Tensor, block_table: Tensor, length: int, scratch: Scratch, name: str) -> Tensor:
+    """Rows of pages (num_blocks, block_size, ...), as (sequences, length, ...), in the buffer of this name."""
+    block_size, *row = pages.shape[1:]
+    blocks = block_table[:, : -(-length // block_size)]
+    copies = scratch.take(name, (blocks.numel(), block_size, *row), pages.dtype)
+    torch.index_select(pages, 0, blocks.flatten(), out=copies)
+    return copies.view(len(blocks), blocks.shape[1] * block_size, *row)[:, :length]
