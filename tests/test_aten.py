@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import Case, cases, check_against_float64, make, run_engine
 
-from compiled_fa.engines import aten, choose
+from compiled_fa.engines import aten, choose, tiled
+from compiled_fa.problem import Packed, Problem
 
 PLAIN = {"window_size": (-1, -1), "softcap": 0.0, "slopes": "none", "dropout_p": 0.0, "tiles": None}
 
@@ -100,3 +101,44 @@ def test_what_it_leaves_to_others():
         assert choose("auto", problem.q.device, problem)[0] == "tiled"
         with pytest.raises(RuntimeError, match="aten engine was asked for"):
             choose("aten", problem.q.device, problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("seqlen_k", [1024, 1500])
+@pytest.mark.parametrize("seqlen_q", [1, 4])
+def test_few_queries_on_many_keys_in_pieces(monkeypatch, dtype, seqlen_k, seqlen_q):
+    monkeypatch.setattr(aten.decoding, "PIECE", 512)
+    data = make(Case(((seqlen_q, seqlen_k),) * 3, True, heads_per_key=2, dtype=dtype))
+    problem = data.problem()
+    assert aten.decoding.pays(problem)
+    assert choose("auto", problem.q.device, problem)[0] == "aten"
+    check_against_float64(data, run_engine(aten, data))
+    longer = [torch.randn(3, 2000, *x.shape[2:], dtype=dtype) for x in (problem.k, problem.v)]  # a cache not yet full
+    for x, part in zip(longer, (problem.k, problem.v), strict=True):
+        x[:, :seqlen_k] = part
+    views = replace(problem, k=longer[0][:, :seqlen_k], v=longer[1][:, :seqlen_k])
+    for found, expected in zip(aten.forward(views), aten.forward(problem), strict=True):
+        assert found.is_contiguous()
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_pages_that_lie_side_by_side_are_not_copied(monkeypatch, sharing):
+    """Whatever sequences they belong to, and pages not full; small ones alone, and shared ones, are."""
+    calls = []
+    kernel = aten.kernel._forward
+    monkeypatch.setattr(aten.kernel, "_forward", lambda *a, **o: (calls.append(a[1]), kernel(*a, **o))[1])
+    q, k, v = torch.randn(3, 4, 8), torch.randn(20, 16, 2, 8), torch.randn(20, 16, 2, 8)
+    block_table = torch.tensor([[7, 5, 6, 12], [8, 0, 15, 0], [9, 10, 0, 0]], dtype=torch.int32)
+    if sharing:
+        block_table[2, 0] = 8
+    lengths = [64, 40, 32]
+    cu_q, cu_k = (torch.tensor([0, *n], dtype=torch.int32).cumsum(0).int() for n in ([1] * 3, lengths))
+    problem = Problem.of(q, k, v, Packed(cu_q, cu_k, 1, 64, block_table))
+    out, lse = aten.forward(problem)
+    in_place = [keys.shape[0] for keys in calls if keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()]
+    assert in_place == ([4, 1] if sharing else [6, 1])  # 5 to 10, or 5 to 8 where 9 is 8; and half of 15
+    assert sum(keys.shape[0] for keys in calls) == 9
+    expected, expected_lse = tiled.forward(problem)
+    assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.allclose(lse, expected_lse, atol=1e-6)

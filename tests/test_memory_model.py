@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiled_fa.engines import tiled
+from compiled_fa.engines.tiled.scratch import Scratch
 from compiled_fa.problem import Problem
-from compiled_fa.scratch import Scratch
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))

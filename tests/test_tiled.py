@@ -10,9 +10,9 @@ from support import Case, check_against_float64, make, run_tiled
 
 from compiled_fa.engines import tiled
 from compiled_fa.engines.tiled import TileSizes, call, chunks, fast_math, products, tiles
+from compiled_fa.engines.tiled.scratch import KEPT_BYTES, Scratch
 from compiled_fa.problem import Packed, Problem
 from compiled_fa.scores import Window
-from compiled_fa.scratch import KEPT_BYTES, Scratch
 
 
 def computed_scores(monkeypatch, problem, direction="forward"):

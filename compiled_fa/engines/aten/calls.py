@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...problem import Problem
-from ...scratch import Scratch
-from .groups import groups, in_pages
+from . import decoding
+from .groups import groups
 from .kernel import Gradients, attend, differentiate
 
 
@@ -14,19 +14,15 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out, shaped as q, and lse, (B, H, Sq) or, packed, (H, T)."""
     q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
     if packed is None:
-        return attend(problem, q, k, v)
+        return decoding.dense(problem) if decoding.pays(problem) else attend(problem, q, k, v)
+    if packed.block_table is not None:
+        return decoding.paged(problem, packed, packed.block_table)
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=problem.lse_dtype)
-    with Scratch(q.device) as scratch:
-        for sequences, queries, keys in groups(packed):
-            if packed.block_table is None:
-                some_k, some_v = keys.take(k), keys.take(v)
-            else:
-                where = packed.block_table[sequences], keys.length, scratch
-                some_k, some_v = in_pages(k, *where, "keys in pages"), in_pages(v, *where, "values in pages")
-            some_out, some_lse = attend(problem, queries.take(q), some_k, some_v)
-            queries.put(out, some_out)
-            queries.put(lse.mT, some_lse.mT)
+    for queries, keys in groups(packed):
+        some_out, some_lse = attend(problem, queries.take(q), keys.take(k), keys.take(v))
+        queries.put(out, some_out)
+        queries.put(lse.mT, some_lse.mT)
     return out, lse
 
 
@@ -36,7 +32,7 @@ def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Ten
     if packed is None:
         return differentiate(problem, (q, dout, out), (k, v), lse, dlse)
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    for _, queries, keys in groups(packed):
+    for queries, keys in groups(packed):
         of_queries = queries.take(q), queries.take(dout), queries.take(out)
         some_dlse = None if dlse is None else queries.take(dlse.mT).mT
         some = differentiate(problem, of_queries, (keys.take(k), keys.take(v)), queries.take(lse.mT).mT, some_dlse)

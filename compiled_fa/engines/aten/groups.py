@@ -1,7 +1,7 @@
 """Packed sequences of one length as a batch.
 
 Short ones are gathered, so that the kernel is called once for all of a length. A sequence alone, and those that lie
-side by side, are a view. Keys in pages are always copied.
+side by side, are a view.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...problem import Packed
-from ...scratch import Scratch
 
 SHORT = 96  # tokens below which a sequence is not worth a call of its own
 ROWS = 512  # of a batch, so that it is still in the cache when it is used
@@ -23,7 +22,6 @@ class Group:
     """Sequences of one length in a packed tensor (T, ...), as (sequences, length, ...)."""
 
     def __init__(self, first: Sequence[int], length: int) -> None:
-        self.length = length
         self._shape = len(first), length
         self._rows: slice | Tensor = slice(first[0], first[0] + length * len(first))
         if any(start != first[0] + number * length for number, start in enumerate(first)):
@@ -40,8 +38,8 @@ class Group:
             packed.index_copy_(0, self._rows, batch.flatten(0, 1))
 
 
-def groups(packed: Packed) -> Iterator[tuple[list[int], Group, Group]]:
-    """Sequences, and their queries and keys, until all have come: short ones with those of their lengths."""
+def groups(packed: Packed) -> Iterator[tuple[Group, Group]]:
+    """Queries and keys of all sequences: short ones with those of their lengths, others alone."""
     first_q, first_k = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_k.tolist()
     lengths = [(first_q[s + 1] - first_q[s], first_k[s + 1] - first_k[s]) for s in range(len(first_q) - 1)]
     together: dict[object, list[int]] = defaultdict(list)
@@ -52,13 +50,4 @@ def groups(packed: Packed) -> Iterator[tuple[list[int], Group, Group]]:
         at_once = max(1, ROWS // max(1, length_q, length_k))
         for start in range(0, len(members), at_once):
             some = members[start : start + at_once]
-            yield some, Group([first_q[s] for s in some], length_q), Group([first_k[s] for s in some], length_k)
-
-
-def in_pages(pages: Tensor, block_table: Tensor, length: int, scratch: Scratch, name: str) -> Tensor:
-    """Rows of pages (num_blocks, block_size, ...), as (sequences, length, ...), in the buffer of this name."""
-    block_size, *row = pages.shape[1:]
-    blocks = block_table[:, : -(-length // block_size)]
-    copies = scratch.take(name, (blocks.numel(), block_size, *row), pages.dtype)
-    torch.index_select(pages, 0, blocks.flatten(), out=copies)
-    return copies.view(len(blocks), blocks.shape[1] * block_size, *row)[:, :length]
+            yield Group([first_q[s] for s in some], length_q), Group([first_k[s] for s in some], length_k)

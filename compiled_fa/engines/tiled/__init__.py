@@ -8,6 +8,7 @@ keys.py       keys and values of a chunk, held or passing by
 products.py   matrix products and their dtype
 rows.py       reading and writing rows of dense, packed and paged tensors
 tiles.py      tile sizes
+scratch.py    buffers that outlive a call
 inductor.py   steps compiled by Inductor, and what happens where they cannot be
 """
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ...problem import Direction, Problem
 from ...scores import Window
-from ...scratch import Scratch
 from . import chunks as chunking
 from . import products
 from .chunks import Chunk
 from .kernels import Kernels
 from .rows import DenseRows, PackedRows, PagedRows, Rows
+from .scratch import Scratch
 from .steps import Indices
 from .tiles import HALF_MULTIPLE, LARGEST, TileSizes, choose
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import fast_bfloat16
-from ...scratch import Scratch
+from .scratch import Scratch
 
 SMALLEST = 1 << 14  # scores from which it pays; among fewer, a rounding of one of them shows
 
