@@ -32,8 +32,8 @@ def reads_pages(problem: Problem) -> bool:
 
 def pays(problem: Problem) -> bool:
     """Of a dense call: are there pieces enough, and few queries, which see them all?"""
-    batch, seqlen_q = problem.q.shape[:2]
-    if not (batch and 1 <= seqlen_q <= FEW and problem.k.shape[1] >= 2 * PIECE):
+    batch, seqlen_q, *_ = problem.q.shape
+    if seqlen_q > FEW or not (batch and seqlen_q and problem.k.shape[1] >= 2 * PIECE):
         return False
     return problem.window_in_force == Window() and problem.q.dtype == problem.lse_dtype
 

@@ -38,23 +38,27 @@ class Part(NamedTuple):
     causal: bool
 
 
-def _parts(problem: Problem, q: Tensor, k: Tensor) -> list[Part]:
-    """Of tensors (B, S, H, D). Causal, aligned to the bottom right, is a triangle on the last keys, and a rectangle on
-    those that lie before all queries; queries that lie before all keys see none."""
+def _causal(problem: Problem) -> bool:
+    return problem.window_in_force.right is not None
+
+
+def _at_once(problem: Problem, q: Tensor, k: Tensor) -> bool:
+    """Can the kernel do tensors (B, S, H, D) as they are?"""
+    batch, seqlen_q, *_ = q.shape
+    seqlen_k = k.shape[1]
+    return bool(batch and seqlen_q and seqlen_k) and (seqlen_q == seqlen_k or not _causal(problem))
+
+
+def _parts(q: Tensor, k: Tensor) -> list[Part]:
+    """Of causal attention, aligned to the bottom right: a triangle on the last keys, and a rectangle on those that lie
+    before all queries; queries that lie before all keys see none."""
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     if not (batch and seqlen_q and seqlen_k):
         return []
-    if problem.window_in_force.right is None:
-        return [Part(0, 0, seqlen_k, False)]
     before = seqlen_k - seqlen_q
-    if before <= 0:
+    if before < 0:
         return [Part(-before, 0, seqlen_k, True)]
     return [Part(0, before, seqlen_k, True), Part(0, 0, before, False)]
-
-
-def _whole(parts: list[Part]) -> bool:
-    """Is everything one part? (A part alone has all keys.)"""
-    return len(parts) == 1 and parts[0].first == 0
 
 
 def _kernels_layout(x: Tensor) -> Tensor:
@@ -98,14 +102,14 @@ def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
 
 
 def _attend_by_parts(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    parts, scale = _parts(problem, q, k), problem.softmax_scale
+    scale = problem.softmax_scale
     queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
-    if _whole(parts):
-        out, lse = _forward(queries, keys, values, 0.0, parts[0].causal, scale=scale)
+    if _at_once(problem, q, k):
+        out, lse = _forward(queries, keys, values, 0.0, _causal(problem), scale=scale)
         return out.transpose(1, 2).contiguous(), lse.contiguous()
     out = q.new_zeros(q.shape)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -inf, dtype=problem.lse_dtype)
-    for first, *span, causal in parts:
+    for first, *span, causal in _parts(q, k):
         seen = slice(*span)
         part_out, part_lse = _forward(
             queries[:, :, first:], keys[:, :, seen], values[:, :, seen], 0.0, causal, scale=scale
@@ -151,14 +155,14 @@ def differentiate(
 def _differentiate_by_parts(
     problem: Problem, of_queries: tuple[Tensor, Tensor, Tensor], of_keys: tuple[Tensor, Tensor], lse: Tensor
 ) -> Gradients:
-    parts, scale = _parts(problem, of_queries[0], of_keys[0]), problem.softmax_scale
+    scale = problem.softmax_scale
     q, dout, out = (_kernels_layout(x) for x in of_queries)
     k, v = (_kernels_layout(x) for x in of_keys)
-    if _whole(parts):
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, parts[0].causal, scale=scale)
+    if _at_once(problem, of_queries[0], of_keys[0]):
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, _causal(problem), scale=scale)
     else:
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for first, *span, causal in parts:
+        for first, *span, causal in _parts(of_queries[0], of_keys[0]):
             seen = slice(*span)
             part_q, part_dout, part_out = (x[:, :, first:] for x in (q, dout, out))
             part_k, part_v, part_lse = k[:, :, seen], v[:, :, seen], lse[:, :, first:]
