@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -151,34 +152,39 @@ def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
     """What must be read to be told: on a CPU always, elsewhere (a host sync) where COMPILED_FA_CHECK=1."""
     if q.device.type != "cpu" and os.environ.get("COMPILED_FA_CHECK") != "1":
         return
-    cu_seqlens_q, cu_seqlens_k, block_table = packed.cu_seqlens_q, packed.cu_seqlens_k, packed.block_table
-    longest = []
-    for argument, cu_seqlens, bound, name in (
-        ("cu_seqlens_q", cu_seqlens_q, packed.max_seqlen_q, "max_seqlen_q"),
-        ("cu_seqlens_k", cu_seqlens_k, packed.max_seqlen_k, "max_seqlen_k"),
-    ):
-        if cu_seqlens[0] != 0:
-            refuse(argument, "0 at its beginning", int(cu_seqlens[0]))
-        lengths = cu_seqlens.diff()
-        if (lengths < 0).any():
-            at = int((lengths < 0).nonzero()[0])
-            refuse(argument, "not decreasing", f"{int(cu_seqlens[at])} before {int(cu_seqlens[at + 1])} at {at}")
-        longest.append(int(lengths.max()) if lengths.numel() else 0)
-        if longest[-1] > bound:
-            refuse(name, f"at least the longest length in {argument}, {longest[-1]}", bound)
-    if cu_seqlens_q[-1] != q.shape[0]:
-        refuse("cu_seqlens_q", f"q's total, {q.shape[0]}, at its end", int(cu_seqlens_q[-1]))
+    # As lists: a dozen operations on small tensors would take longer than a short call.
+    sums_q, sums_k, block_table = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_k.tolist(), packed.block_table
+    _lengths("cu_seqlens_q", sums_q, "max_seqlen_q", packed.max_seqlen_q)
+    longest_k = _lengths("cu_seqlens_k", sums_k, "max_seqlen_k", packed.max_seqlen_k)
+    if sums_q[-1] != q.shape[0]:
+        refuse("cu_seqlens_q", f"q's total, {q.shape[0]}, at its end", sums_q[-1])
     if block_table is None:
-        if cu_seqlens_k[-1] != k.shape[0]:
-            refuse("cu_seqlens_k", f"k's total, {k.shape[0]}, at its end", int(cu_seqlens_k[-1]))
+        if sums_k[-1] != k.shape[0]:
+            refuse("cu_seqlens_k", f"k's total, {k.shape[0]}, at its end", sums_k[-1])
         return
     num_blocks, block_size = k.shape[0], k.shape[1]
-    if longest[1] > block_table.shape[1] * block_size:
-        refuse("block_table", f"of enough blocks of {block_size} for {longest[1]} keys", block_table.shape[1])
+    if longest_k > block_table.shape[1] * block_size:
+        refuse("block_table", f"of enough blocks of {block_size} for {longest_k} keys", block_table.shape[1])
     first_row = torch.arange(block_table.shape[1], device=q.device) * block_size
-    used = block_table[first_row < cu_seqlens_k.diff()[:, None]]
-    if used.numel() and (int(used.min()) < 0 or int(used.max()) >= num_blocks):
-        refuse("block_table", f"block numbers from 0 to {num_blocks - 1}", f"{int(used.min())} to {int(used.max())}")
+    used = block_table[first_row < packed.cu_seqlens_k.diff()[:, None]]
+    if used.numel():
+        least, greatest = (int(number) for number in used.aminmax())
+        if least < 0 or greatest >= num_blocks:
+            refuse("block_table", f"block numbers from 0 to {num_blocks - 1}", f"{least} to {greatest}")
+
+
+def _lengths(argument: str, sums: list[int], name_of_bound: str, bound: int) -> int:
+    """Check the running sums of lengths -> the longest."""
+    if sums[0] != 0:
+        refuse(argument, "0 at its beginning", sums[0])
+    lengths = [stop - start for start, stop in pairwise(sums)]
+    if min(lengths, default=0) < 0:
+        at = next(at for at, length in enumerate(lengths) if length < 0)
+        refuse(argument, "not decreasing", f"{sums[at]} before {sums[at + 1]} at {at}")
+    longest = max(lengths, default=0)
+    if longest > bound:
+        refuse(name_of_bound, f"at least the longest length in {argument}, {longest}", bound)
+    return longest
 
 
 def backward(problem: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
