@@ -20,6 +20,7 @@ from .kernel import attend_everything
 
 FEW = 4  # queries
 PIECE = 512  # keys
+LEAST = 4  # pieces, of a cache that is not in pages
 LARGE = 128  # keys of a page that is worth a call of its own; smaller ones that lie alone are copied side by side
 
 
@@ -33,7 +34,7 @@ def reads_pages(problem: Problem) -> bool:
 def pays(problem: Problem) -> bool:
     """Of a dense call: are there pieces enough, and few queries, which see them all?"""
     batch, seqlen_q, *_ = problem.q.shape
-    if seqlen_q > FEW or not (batch and seqlen_q and problem.k.shape[1] >= 2 * PIECE):
+    if seqlen_q > FEW or not (batch and seqlen_q and problem.k.shape[1] >= LEAST * PIECE):
         return False
     return problem.window_in_force == Window() and problem.q.dtype == problem.lse_dtype
 
