@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 
+from . import validation
 from .interface import Result, flash_attn_func, flash_attn_varlen_func
 
 SHORT = 64  # tokens; in bf16, short tiles and those of twice the length are code of their own
@@ -45,12 +46,14 @@ def warmup(
 
     Returns: seconds it took.
 
-    Raises: as flash_attn_func.
+    Raises: as flash_attn_func; ValueError where seqlen is below 1.
 
     Example:
         compiled_fa.warmup(dtype=torch.bfloat16, causal=True, softcap=30.0)
     """
     start = time.perf_counter()
+    if seqlen < 1:
+        validation.refuse("seqlen", "at least 1", seqlen)
     nheads_k = nheads if nheads_k is None else nheads_k
     device = torch.device(device)
     slopes = torch.full((nheads,), 0.1, device=device) if alibi else None

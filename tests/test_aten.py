@@ -122,22 +122,32 @@ def test_few_queries_on_many_keys_in_pieces(dtype, seqlen_k, seqlen_q):
 
 
 @pytest.mark.parametrize("sharing", [False, True])
-def test_pages_that_lie_side_by_side_are_not_copied(monkeypatch, sharing):
-    """Whatever sequences they belong to, and pages not full; small ones alone, and shared ones, are."""
+def test_pages_are_read_where_they_lie(monkeypatch, sharing):
+    """Side by side, whatever sequences they belong to; alone; shared; not full, with anything behind the end."""
     calls = []
     kernel = aten.kernel._forward
     monkeypatch.setattr(aten.kernel, "_forward", lambda *a, **o: (calls.append(a[1]), kernel(*a, **o))[1])
-    q, k, v = torch.randn(3, 4, 8), torch.randn(20, 16, 2, 8), torch.randn(20, 16, 2, 8)
-    block_table = torch.tensor([[7, 5, 6, 12], [8, 0, 15, 0], [9, 10, 0, 0]], dtype=torch.int32)
+    q, k, v = torch.randn(4, 4, 8), torch.randn(20, 128, 2, 8), torch.randn(20, 128, 2, 8)
+    block_table = torch.tensor([[7, 5, 6, 12], [8, 0, 15, 99], [9, 10, 99, 99], [99] * 4], dtype=torch.int32)
     if sharing:
         block_table[2, 0] = 8
-    lengths = [64, 40, 32]
-    cu_q, cu_k = (torch.tensor([0, *n], dtype=torch.int32).cumsum(0).int() for n in ([1] * 3, lengths))
-    problem = Problem.of(q, k, v, Packed(cu_q, cu_k, 1, 64, block_table))
+    lengths = [512, 320, 256, 0]
+    k[15, 64:] = v[15, 64:] = torch.nan
+    cu_q, cu_k = (torch.tensor([0, *n], dtype=torch.int32).cumsum(0).int() for n in ([1] * 4, lengths))
+    problem = Problem.of(q, k, v, Packed(cu_q, cu_k, 1, 512, block_table))
+    assert choose("auto", q.device, problem)[0] == "aten"
     out, lse = aten.forward(problem)
-    in_place = [keys.shape[0] for keys in calls if keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()]
-    assert in_place == ([4, 1] if sharing else [6, 1])  # 5 to 10, or 5 to 8 where 9 is 8; and half of 15
-    assert sum(keys.shape[0] for keys in calls) == 9
+    assert all(keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() for keys in calls)
+    runs = [1, 4, 1, 1, 1, 1] if sharing else [1, 6, 1, 1]  # 0; 5 to 10, or 5 to 8, 8, 10; 12; the half of 15
+    assert [len(keys) for keys in calls] == runs
     expected, expected_lse = tiled.forward(problem)
     assert torch.allclose(out, expected, atol=1e-6)
     assert torch.allclose(lse, expected_lse, atol=1e-6)
+
+
+def test_pages_that_it_leaves_to_others():
+    for size, queries, dtype in ((64, 1, torch.float32), (128, 2, torch.float32), (128, 1, torch.bfloat16)):
+        q, k = torch.randn(queries, 4, 8, dtype=dtype), torch.randn(2, size, 2, 8, dtype=dtype)
+        cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (queries, 60))
+        packed = Packed(cu_q, cu_k, queries, 60, torch.zeros(1, 1, dtype=torch.int32))
+        assert choose("auto", q.device, Problem.of(q, k, k, packed))[0] == "tiled"

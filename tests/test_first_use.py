@@ -114,3 +114,5 @@ def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options,
 def test_warmup_refuses_what_calls_refuse():
     with pytest.raises(ValueError, match="softcap"):
         compiled_fa.warmup(softcap=-1.0)
+    with pytest.raises(ValueError, match="seqlen must be at least 1, got 0"):
+        compiled_fa.warmup(seqlen=0, varlen=True)

@@ -68,28 +68,19 @@ def choose(
         return name, "asked for by name"
     refusals: list[str] = []
     for candidate, engine in ENGINES.items():
-        reason = _refusal(engine, device, problem, direction)
+        reason = engine.why_not(device, problem)
+        if reason is None and problem is not None and engine.slower(problem, direction):
+            reason = "another is faster"
         if reason is None:
             return candidate, "; ".join(refusals) or FIRST_CHOICE
         refusals.append(f"not {candidate}: {reason}")
     raise RuntimeError("no engine can serve this device: " + "; ".join(refusals))
 
 
-def _refusal(engine: ModuleType, device: torch.device, problem: Problem | None, direction: Direction) -> str | None:
-    reason: str | None = engine.why_not(device, problem)
-    if reason is None and problem is not None and engine.slower(problem, direction):
-        return "another is faster"
-    return reason
-
-
 def serving(name: str, problem: Problem, direction: Direction) -> ModuleType:
     """The engine that serves a call. Off the CPU it is said once, and why, when that is not the first choice."""
     device = problem.q.device
-    if name == "auto" and device.type == "cpu":  # without words for reasons that nobody is told
-        for engine in ENGINES.values():
-            if _refusal(engine, device, problem, direction) is None:
-                return engine
     chosen, why = choose(name, device, problem, direction)
-    if name == "auto" and why != FIRST_CHOICE:
+    if name == "auto" and why != FIRST_CHOICE and device.type != "cpu":
         say_once(f"the {chosen} engine serves on {device.type}, {why}")
     return ENGINES[chosen]

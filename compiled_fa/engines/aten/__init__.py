@@ -45,7 +45,7 @@ def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
     if not problem.softmax_scale > 0.0:
         return "its kernel multiplies the -inf of masked scores by softmax_scale, which must be positive"
     if problem.packed is not None and problem.packed.block_table is not None and not decoding.reads_pages(problem):
-        return "it reads pages only for one query a sequence, in fp32 or fp64"
+        return f"it reads pages of {decoding.PAGE} keys or more for one query a sequence, in fp32 or fp64"
     if problem.q.shape[-1] != problem.v.shape[-1]:
         return "its kernel wants one head_dim for q, k and v"
     return None

@@ -21,14 +21,16 @@ from .kernel import attend_everything
 FEW = 4  # queries
 PIECE = 512  # keys
 LEAST = 4  # pieces, of a cache that is not in pages
-LARGE = 128  # keys of a page that is worth a call of its own; smaller ones that lie alone are copied side by side
+PAGE = 128  # keys of a page that is worth a call of its own
+
+Part = tuple[Tensor, Tensor, Tensor]  # of some keys: whose they are (parts,), out (parts, H, Sq, D), lse (parts, H, Sq)
 
 
 def reads_pages(problem: Problem) -> bool:
-    """One query a sequence, in a dtype that the kernel computes in?"""
+    """One query a sequence, pages of a size, and a dtype that the kernel computes in?"""
     packed = problem.packed
     one_each = packed is not None and packed.max_seqlen_q <= 1 and problem.q.shape[0] == problem.batch
-    return one_each and problem.q.dtype == problem.lse_dtype
+    return one_each and problem.k.shape[1] >= PAGE and problem.q.dtype == problem.lse_dtype
 
 
 def pays(problem: Problem) -> bool:
@@ -45,17 +47,16 @@ def dense(problem: Problem) -> tuple[Tensor, Tensor]:
     batch, seqlen_k = k.shape[:2]
     count = seqlen_k // PIECE
     stop = count * PIECE
-    parts = []
+    everyone = torch.arange(batch)
+    parts: list[Part] = []
     side_by_side = all(x.stride(0) == stop * x.stride(1) for x in (k, v))
     for some in [slice(batch)] if side_by_side else [slice(b, b + 1) for b in range(batch)]:
         keys, values = (x[some, :stop].view(-1, PIECE, *x.shape[2:]) for x in (k, v))
-        part = attend_everything(queries[some].repeat_interleave(count, 0), keys, values, scale)
-        parts.append([x.view(-1, count, *x.shape[1:]) for x in part])
-    out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
+        owner = everyone[some].repeat_interleave(count)
+        parts.append((owner, *attend_everything(queries[owner], keys, values, scale)))
     if stop < seqlen_k:
-        rest = attend_everything(queries, k[:, stop:], v[:, stop:], scale)
-        out, lse = (torch.cat([x, last[:, None]], 1) for x, last in zip((out, lse), rest, strict=True))
-    out, lse = _merged(out, lse)
+        parts.append((everyone, *attend_everything(queries, k[:, stop:], v[:, stop:], scale)))
+    out, lse = _merged(parts, queries)
     return out.transpose(1, 2).contiguous(), lse
 
 
@@ -63,44 +64,39 @@ def paged(problem: Problem, packed: Packed, block_table: Tensor) -> tuple[Tensor
     """One query a sequence -> out (B, H, D) and lse (H, B)."""
     queries, k, v, scale = problem.q[:, :, None], problem.k, problem.v, problem.softmax_scale
     lengths, block_size = packed.cu_seqlens_k.diff(), k.shape[1]
-    slots = max(1, -(-max(lengths.tolist(), default=0) // block_size))
-    # By sequence and slot, its place there. Where there is no page, lse is -inf.
-    out = queries.new_zeros(len(lengths), slots, *queries.shape[1:])
-    lse = queries.new_full(out.shape[:-1], -inf)
-
-    owner, slot = (torch.arange(slots) < (lengths // block_size)[:, None]).nonzero(as_tuple=True)
+    parts: list[Part] = []
+    owner, slot = (torch.arange(block_table.shape[1]) < (lengths // block_size)[:, None]).nonzero(as_tuple=True)
     blocks, order = block_table[owner, slot].sort()
-    owner, slot = owner[order], slot[order]
-    for chosen, run in _runs(blocks, block_size):
-        where = owner[chosen], slot[chosen]
-        keys, values = (x.index_select(0, blocks[chosen]) if run is None else x[run] for x in (k, v))
-        out[where], lse[where] = attend_everything(queries[where[0]], keys, values, scale)
+    owner = owner[order]
+    for places, pages in _runs(blocks):
+        parts.append((owner[places], *attend_everything(queries[owner[places]], k[pages], v[pages], scale)))
     for b, length in enumerate(lengths.tolist()):
         full, rows = divmod(length, block_size)
         if rows:  # in a last page that is not full
             keys, values = (x[int(block_table[b, full]), None, :rows] for x in (k, v))
-            part_out, part_lse = attend_everything(queries[b, None], keys, values, scale)
-            out[b, full], lse[b, full] = part_out[0], part_lse[0]
-    out, lse = _merged(out, lse)
+            parts.append((torch.tensor([b]), *attend_everything(queries[b, None], keys, values, scale)))
+    out, lse = _merged(parts, queries)
     return out[:, :, 0], lse[..., 0].mT.contiguous()
 
 
-def _runs(blocks: Tensor, block_size: int) -> Iterator[tuple[slice | list[int], slice | None]]:
-    """Of sorted block numbers: where consecutive ones are, and which; then, where small ones are alone, and None."""
+def _runs(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Of sorted block numbers: where consecutive ones are, and which."""
     ends = [0, *((blocks[1:] != blocks[:-1] + 1).nonzero()[:, 0] + 1).tolist(), len(blocks)]
-    numbers, alone = blocks.tolist(), []
+    numbers = blocks.tolist()
     for start, stop in pairwise(ends):
-        if stop - start > 1 or (stop > start and block_size >= LARGE):
+        if start < stop:
             yield slice(start, stop), slice(numbers[start], numbers[stop - 1] + 1)
-        elif stop > start:
-            alone.append(start)
-    at_once = max(1, PIECE // block_size)
-    for start in range(0, len(alone), at_once):
-        yield alone[start : start + at_once], None
 
 
-def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the parts in dimension 1: out (B, parts, H, Sq, D) and lse (B, parts, H, Sq). No key: 0 and -inf."""
-    total = torch.logsumexp(lse, 1)
-    weights = (lse - total.masked_fill(total == -inf, 0.0)[:, None]).exp()
-    return (out * weights[..., None]).sum(1), total
+def _merged(parts: list[Part], queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Parts of queries (B, H, Sq, D) -> out, in the shape of queries, and lse (B, H, Sq). No key: 0 and -inf."""
+    greatest = queries.new_full(queries.shape[:-1], -inf)
+    total, out = torch.zeros_like(greatest), queries.new_zeros(queries.shape)
+    if parts:
+        owner, part_out, part_lse = (torch.cat(x) for x in zip(*parts, strict=True))
+        greatest.scatter_reduce_(0, owner[:, None, None].expand_as(part_lse), part_lse, "amax")
+        weights = (part_lse - greatest[owner]).exp()
+        total.index_add_(0, owner, weights)
+        out.index_add_(0, owner, part_out * weights[..., None])
+        out /= total.masked_fill(total == 0.0, 1.0)[..., None]
+    return out, greatest + total.log()
