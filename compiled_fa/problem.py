@@ -93,7 +93,7 @@ class Problem:
             seqlen_k=seqlen_k,
             softmax_scale=self.softmax_scale,
             softcap=self.softcap if self.softcap > 0.0 else None,
-            alibi_slopes=slopes.expand(self.batch, -1) if slopes is not None else None,
+            alibi_slopes=slopes.to(self.lse_dtype).expand(self.batch, -1) if slopes is not None else None,
             window=self.window,
             dropout=Dropout.of(self.dropout_p, self.dropout_seed) if self.dropout_seed is not None else None,
         )

@@ -12,6 +12,7 @@ from . import validation
 from .interface import Result, flash_attn_func, flash_attn_varlen_func
 
 SHORT = 64  # tokens; in bf16, short tiles and those of twice the length are code of their own
+LONG = 1 << 20  # elements of a cache that is long enough for code of its own
 
 
 def warmup(
@@ -23,6 +24,7 @@ def warmup(
     nheads_k: int | None = None,
     head_dim: int = 64,
     varlen: bool = False,
+    decode: bool = False,
     backward: bool = True,
     dropout_p: float = 0.0,
     causal: bool = False,
@@ -33,14 +35,15 @@ def warmup(
     """Compile what calls like this one need, so that none of them waits for it. Results are kept on disk, too.
 
     On a CPU one piece of machine code serves every shape, scale, window and head_dim; which of softcap, ALiBi and
-    dropout there are, whether anything is masked, the dtype, and the direction tell pieces apart. On a GPU also the
-    heads and head_dim.
+    dropout there are, whether anything is masked, the dtype, and the direction tell pieces apart. On a GPU, and on a
+    CPU for decoding, also head_dim and the query heads for each key head do.
 
     Args:
         dtype, device: of q, k and v.
         seqlen: tokens of the longest example; there are shorter ones, too, which other code may serve.
         nheads, nheads_k, head_dim: heads of q, of k and v (None: as many), and their dimension.
         varlen: compile flash_attn_varlen_func's code in place of flash_attn_func's.
+        decode: also what one query on a cache of seqlen keys or more needs, in one piece or in pages.
         backward: gradients, too.
         The rest: as flash_attn_func's; alibi: with alibi_slopes.
 
@@ -75,6 +78,11 @@ def warmup(
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(backward):  # dropout draws
         for lengths in _batches(seqlen, varlen):
             call(lengths)
+        if decode:
+            cache = max(seqlen, LONG // (nheads_k * head_dim))
+            q = torch.zeros(1, 1, nheads, head_dim, dtype=dtype, device=device)
+            k = torch.zeros(1, cache, nheads_k, head_dim, dtype=dtype, device=device)
+            flash_attn_func(q, k, k, *options)
     return time.perf_counter() - start
 
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import Case, cases, check_against_float64, make, run_engine
 
-from compiled_fa.engines import aten, choose, tiled
-from compiled_fa.problem import Packed, Problem
+from compiled_fa.engines import aten, choose
 
 PLAIN = {"window_size": (-1, -1), "softcap": 0.0, "slopes": "none", "dropout_p": 0.0, "tiles": None}
 
@@ -101,53 +100,3 @@ def test_what_it_leaves_to_others():
         assert choose("auto", problem.q.device, problem)[0] == "tiled"
         with pytest.raises(RuntimeError, match="aten engine was asked for"):
             choose("aten", problem.q.device, problem)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("seqlen_k", [2048, 2500])
-@pytest.mark.parametrize("seqlen_q", [1, 4])
-def test_few_queries_on_many_keys_in_pieces(dtype, seqlen_k, seqlen_q):
-    data = make(Case(((seqlen_q, seqlen_k),) * 3, True, heads_per_key=2, dtype=dtype))
-    problem = data.problem()
-    assert aten.decoding.pays(problem)
-    assert choose("auto", problem.q.device, problem)[0] == "aten"
-    check_against_float64(data, run_engine(aten, data))
-    longer = [torch.randn(3, 3000, *x.shape[2:], dtype=dtype) for x in (problem.k, problem.v)]  # a cache not yet full
-    for x, part in zip(longer, (problem.k, problem.v), strict=True):
-        x[:, :seqlen_k] = part
-    views = replace(problem, k=longer[0][:, :seqlen_k], v=longer[1][:, :seqlen_k])
-    for found, expected in zip(aten.forward(views), aten.forward(problem), strict=True):
-        assert found.is_contiguous()
-        assert torch.allclose(found, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("sharing", [False, True])
-def test_pages_are_read_where_they_lie(monkeypatch, sharing):
-    """Side by side, whatever sequences they belong to; alone; shared; not full, with anything behind the end."""
-    calls = []
-    kernel = aten.kernel._forward
-    monkeypatch.setattr(aten.kernel, "_forward", lambda *a, **o: (calls.append(a[1]), kernel(*a, **o))[1])
-    q, k, v = torch.randn(4, 4, 8), torch.randn(20, 128, 2, 8), torch.randn(20, 128, 2, 8)
-    block_table = torch.tensor([[7, 5, 6, 12], [8, 0, 15, 99], [9, 10, 99, 99], [99] * 4], dtype=torch.int32)
-    if sharing:
-        block_table[2, 0] = 8
-    lengths = [512, 320, 256, 0]
-    k[15, 64:] = v[15, 64:] = torch.nan
-    cu_q, cu_k = (torch.tensor([0, *n], dtype=torch.int32).cumsum(0).int() for n in ([1] * 4, lengths))
-    problem = Problem.of(q, k, v, Packed(cu_q, cu_k, 1, 512, block_table))
-    assert choose("auto", q.device, problem)[0] == "aten"
-    out, lse = aten.forward(problem)
-    assert all(keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() for keys in calls)
-    runs = [1, 4, 1, 1, 1, 1] if sharing else [1, 6, 1, 1]  # 0; 5 to 10, or 5 to 8, 8, 10; 12; the half of 15
-    assert [len(keys) for keys in calls] == runs
-    expected, expected_lse = tiled.forward(problem)
-    assert torch.allclose(out, expected, atol=1e-6)
-    assert torch.allclose(lse, expected_lse, atol=1e-6)
-
-
-def test_pages_that_it_leaves_to_others():
-    for size, queries, dtype in ((64, 1, torch.float32), (128, 2, torch.float32), (128, 1, torch.bfloat16)):
-        q, k = torch.randn(queries, 4, 8, dtype=dtype), torch.randn(2, size, 2, 8, dtype=dtype)
-        cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (queries, 60))
-        packed = Packed(cu_q, cu_k, queries, 60, torch.zeros(1, 1, dtype=torch.int32))
-        assert choose("auto", q.device, Problem.of(q, k, k, packed))[0] == "tiled"

@@ -111,6 +111,21 @@ def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options,
     assert not steps_inductor._failed
 
 
+def test_warmup_compiles_decoding(compiled_steps, monkeypatch):
+    monkeypatch.setattr(inductor, "_compiled", {})
+    monkeypatch.setattr(steps_inductor, "_failed", set())
+    compiled_fa.warmup(seqlen=64, nheads=4, nheads_k=2, head_dim=32, decode=True, backward=False)
+    assert len(inductor._compiled) == 1
+    monkeypatch.setattr(inductor, "compile_graph", None)
+    q, cache = torch.randn(3, 1, 6, 32), torch.randn(3, 2048, 3, 32)
+    dense = compiled_fa.flash_attn_func(q, cache, cache)
+    cu_q, cu_k = torch.arange(4, dtype=torch.int32), 2048 * torch.arange(4, dtype=torch.int32)
+    pages, table = cache.view(3 * 8, 256, 3, 32), torch.arange(3 * 8, dtype=torch.int32).view(3, 8)
+    paged = compiled_fa.flash_attn_varlen_func(q[:, 0], pages, pages, cu_q, cu_k, 1, 2048, block_table=table)
+    assert torch.equal(dense[:, 0], paged)
+    assert not steps_inductor._failed
+
+
 def test_warmup_refuses_what_calls_refuse():
     with pytest.raises(ValueError, match="softcap"):
         compiled_fa.warmup(softcap=-1.0)

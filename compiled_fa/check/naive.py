@@ -41,7 +41,8 @@ def naive_attention(
     key = torch.arange(seqlen_k, device=q.device)
     if alibi_slopes is not None:
         distance = (position - key).abs()
-        scores = scores - (alibi_slopes[..., None, None] * distance).to(scores.dtype)
+        slopes = alibi_slopes.to(torch.promote_types(scores.dtype, alibi_slopes.dtype))
+        scores = scores - (slopes[..., None, None] * distance).to(scores.dtype)
     left, right = window_size
     hidden = torch.zeros(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
     if left >= 0:

@@ -31,7 +31,7 @@ class ScoreProgram:
     seqlen_q, seqlen_k: an int for all sequences, or an int32 tensor (batch,) or ().
     softmax_scale: factor of q·k.
     softcap: bound c of c·tanh(score / c), or None.
-    alibi_slopes: (batch, nheads), fp32, or None.
+    alibi_slopes: (batch, nheads), in the scores' dtype, or None.
     window: keys seen around a query's position.
     dropout: keep decisions, or None.
     """

@@ -5,7 +5,6 @@ What it gives for parts of the keys is merged by lse. Everything else of a score
 
 calls.py    forward and backward of a call, dense or packed
 groups.py   packed sequences of one length as a batch
-decoding.py few queries on a long cache, in one piece or in pages
 kernel.py   the kernel, and the parts of a score matrix that it can do
 """
 
@@ -17,14 +16,15 @@ from ...hardware import fast_bfloat16
 from ...inductor import say_once
 from ...problem import Direction, Problem
 from ...scores import Window
-from . import decoding, kernel
+from . import kernel
 from .calls import backward, forward
 
 __all__ = ["backward", "forward", "slower", "why_not"]
 
 FEW = 256  # tokens up to which nothing beats a single call
-MANY = 4096  # keys from which tiles read them faster for a few queries
-MANY_IN_PIECES = 16384  # the same where the kernel takes them in pieces
+FEW_QUERIES, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster
+ROWS = 16  # queries times heads_per_key, up to which the tiled engine reads keys where they lie, and faster
+KEYS, ELEMENTS = 1024, 1 << 19  # of a sequence, and of all keys, from which it does so in fp32
 
 EVERYTHING, CAUSAL = Window(), Window(right=0)
 
@@ -44,8 +44,8 @@ def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
         return "its kernel has no window but causal"
     if not problem.softmax_scale > 0.0:
         return "its kernel multiplies the -inf of masked scores by softmax_scale, which must be positive"
-    if problem.packed is not None and problem.packed.block_table is not None and not decoding.reads_pages(problem):
-        return f"it reads pages of {decoding.PAGE} keys or more for one query a sequence, in fp32 or fp64"
+    if problem.packed is not None and problem.packed.block_table is not None:
+        return "its kernel does not read pages"
     if problem.q.shape[-1] != problem.v.shape[-1]:
         return "its kernel wants one head_dim for q, k and v"
     return None
@@ -55,12 +55,12 @@ def slower(problem: Problem, direction: Direction) -> bool:
     """Is another engine faster at a call that this one could serve? As measured: bench/NOTES.md."""
     q, k, packed = problem.q, problem.k, problem.packed
     half = q.dtype == torch.bfloat16 and fast_bfloat16()
-    if packed is not None and packed.block_table is not None:
-        return False
-    if packed is None and decoding.pays(problem):
-        return k.shape[1] >= MANY_IN_PIECES
     sequences = 1 if packed is None else max(1, problem.batch)
     seqlen_q, seqlen_k = q.shape[-3] // sequences, k.shape[-3] // sequences  # on average
     if direction == "backward":
         return half or (seqlen_q > FEW and problem.window_in_force != EVERYTHING)
-    return seqlen_k >= (FEW if half else MANY) and (half or seqlen_q <= decoding.FEW)
+    if half:
+        return seqlen_k >= FEW
+    if seqlen_q * q.shape[-2] <= ROWS * k.shape[-2] and k.numel() >= ELEMENTS:
+        return seqlen_k >= KEYS
+    return seqlen_k >= MANY and seqlen_q <= FEW_QUERIES

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...problem import Problem
-from . import decoding
 from .groups import groups
 from .kernel import Gradients, attend, differentiate
 
@@ -14,9 +13,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out, shaped as q, and lse, (B, H, Sq) or, packed, (H, T)."""
     q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
     if packed is None:
-        return decoding.dense(problem) if decoding.pays(problem) else attend(problem, q, k, v)
-    if packed.block_table is not None:
-        return decoding.paged(problem, packed, packed.block_table)
+        return attend(problem, q, k, v)
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=problem.lse_dtype)
     for queries, keys in groups(packed):

@@ -79,13 +79,6 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(first, first + sequences), slice(head * heads_per_key, stop * heads_per_key), slice(head, stop)
 
 
-def attend_everything(queries: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """queries (B, H, Sq, D), k and v (B, S, Hk, D) -> out (B, H, Sq, D) and lse (B, H, Sq)."""
-    queries = queries if queries.stride(-1) == 1 else queries.contiguous()
-    out, lse = _forward(queries, _kernels_layout(k), _kernels_layout(v), 0.0, False, scale=softmax_scale)
-    return out, lse
-
-
 def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(B, S, H, D) -> out and lse (B, H, Sq)."""
     if q.dtype != torch.float16:

@@ -23,9 +23,10 @@ from ...inductor import Compiled, Size, say_once
 from .fast_math import DECOMPOSITIONS
 
 Step = Callable[..., None]
+Function = Callable[..., tuple[Tensor, ...]]
 
 # Typical sizes: small leading ones make Inductor spread rows over threads, not pairs of heads.
-TYPICAL = {"p": 4, "m": 509, "g": 3, "n": 521, "d": 67, "batch": 5, "nheads": 7}
+TYPICAL = {"p": 4, "m": 509, "g": 3, "n": 521, "d": 67, "batch": 5, "nheads": 7, "b": 6, "x": 83, "pieces": 3, "s": 19}
 
 _CONFIG: dict[str, Any] = {
     "cpp.dynamic_threads": True,  # as many threads as torch.set_num_threads says when called
@@ -69,28 +70,31 @@ def example(size: Size, *shape: str, dtype: torch.dtype, of_larger: bool = False
     return torch.empty_strided(sizes, (size("stride of " + ", ".join(shape), 1 << 22), *inner.stride()), dtype=dtype)
 
 
-def compiled(
-    key: object, step: Step, examples: Callable[[Size], Sequence[Tensor]], what: str, **config: Any
-) -> Compiled | None:
-    """`step`, which writes into its arguments and returns nothing, as machine code for a list of tensors; or None.
+def writing(step: Step) -> Function:
+    """`step`, which writes into its arguments, as `compiled` takes it: Inductor wants these writes last, as copies."""
 
-    key: names the step in the process's cache. examples: makes fake tensors to trace with. what: its name for people.
-    config: Inductor's, for this step.
+    def returns_nothing(*tensors: Tensor) -> tuple[()]:
+        step(*tensors)
+        return ()
+
+    return functionalize(returns_nothing, remove="mutations_and_views")
+
+
+def compiled(
+    key: object, function: Function, examples: Callable[[Size], Sequence[Tensor]], what: str, **config: Any
+) -> Compiled | None:
+    """`function` as machine code for a list of tensors; None: there is none, and it runs eagerly.
+
+    key: names it in the process's cache. examples: makes fake tensors to trace with. what: its name for people.
+    config: Inductor's, for this function.
     """
     if reason := why_not():
         say_once(reason)
         return None
     if key in _failed:
         return None
-
-    def returns_nothing(*tensors: Tensor) -> tuple[()]:
-        step(*tensors)
-        return ()
-
-    # Inductor takes a graph whose writes into its inputs come last, as copies.
-    functional = functionalize(returns_nothing, remove="mutations_and_views")
     try:
-        return inductor.compiled_graph(key, functional, examples, what, DECOMPOSITIONS, **_CONFIG, **config)
+        return inductor.compiled_graph(key, function, examples, what, DECOMPOSITIONS, **_CONFIG, **config)
     except Exception as error:
         say_once(f"Inductor could not compile a step ({type(error).__name__}: {error}); it runs eagerly")
         _failed.add(key)

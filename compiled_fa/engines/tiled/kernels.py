@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...inductor import Compiled, Size
-from ...scores import Dropout, ScoreProgram, Window
+from ...scores import ScoreProgram
 from . import inductor, steps
+from .features import Features, example_numbers, numbers, rebuilt
 from .inductor import example
 from .steps import Indices
-
-NO_SEED = torch.empty(0, dtype=torch.int32)  # rows come hashed
-UNBOUNDED = 1 << 30  # a window's side where it has none, in compiled code; positions stay far below
-
-
-@dataclass(frozen=True)
-class Features:
-    """What is fixed in compiled code; every number is an argument of it."""
-
-    softcap: bool
-    alibi: bool
-    dropout: bool
-    masked: bool
-    dtype: torch.dtype
-    product_dtype: torch.dtype  # of scores and dprobs
-
-    @property
-    def plain(self) -> bool:
-        return not (self.softcap or self.alibi or self.dropout)
-
-    @property
-    def words(self) -> str:
-        chosen = {"softcap": self.softcap, "ALiBi": self.alibi, "dropout": self.dropout, "mask": self.masked}
-        dtype = str(self.product_dtype).removeprefix("torch.")
-        return ", ".join([name for name, present in chosen.items() if present] + [dtype])
-
 
 TILE, ROWS = ("p", "m", "g", "n"), ("p", "m", "g")  # shapes, in the words of steps.py
 
@@ -100,39 +75,14 @@ class Kernels:
         return self._found[key]
 
     def _features(self, masked: bool, product_dtype: torch.dtype) -> Features:
-        program = self._program
-        features = Features(
-            program.softcap is not None,
-            program.alibi_slopes is not None,
-            program.dropout is not None,
-            masked,
-            self._dtype,
-            product_dtype,
-        )
+        features = Features.of(self._program, masked, self._dtype, product_dtype)
         # Beside softcap, ALiBi or dropout a mask costs little: code for tiles without one is only compiled for calls
         # that have no other tiles.
         return features if features.plain else replace(features, masked=self._some_masked)
 
     def _arguments(self) -> list[Tensor]:
-        """The score program's numbers as tensors, in the order in which `_rebuilt` takes them."""
         if self._numbers is None:
-            program, window = self._program, self._program.window
-            self._numbers = [
-                torch.as_tensor(program.seqlen_q, dtype=torch.int32).expand(self._batch).contiguous(),
-                torch.as_tensor(program.seqlen_k, dtype=torch.int32).expand(self._batch).contiguous(),
-                torch.tensor(UNBOUNDED if window.left is None else window.left, dtype=torch.int32),
-                torch.tensor(UNBOUNDED if window.right is None else window.right, dtype=torch.int32),
-                torch.tensor(program.softmax_scale, dtype=self._dtype),
-            ]
-            if program.softcap is not None:
-                self._numbers.append(torch.tensor(program.softcap, dtype=self._dtype))
-            if program.alibi_slopes is not None:
-                self._numbers.append(program.alibi_slopes.to(self._dtype).contiguous())
-            if program.dropout is not None:
-                self._numbers += [
-                    torch.tensor(program.dropout.threshold, dtype=torch.int32),
-                    torch.tensor(self._keep_probability, dtype=self._dtype),
-                ]
+            self._numbers = numbers(self._program, self._batch, self._keep_probability, self._dtype)
         return self._numbers
 
 
@@ -142,22 +92,10 @@ def _flat(indices: Indices) -> list[Tensor]:
 
 def _example_arguments(size: Size, features: Features) -> list[Tensor]:
     indices = [("p", "1", "1", "1"), ("p", "1", "g", "1"), ("m", "1", "1"), ("n",)]
-    examples = [example(size, *shape, dtype=torch.int32) for shape in [*indices, ("batch",), ("batch",), (), ()]]
-    examples.append(example(size, dtype=features.dtype))
-    if features.softcap:
-        examples.append(example(size, dtype=features.dtype))
-    if features.alibi:
-        examples.append(example(size, "batch", "nheads", dtype=features.dtype))
+    examples = [example(size, *shape, dtype=torch.int32) for shape in indices]
     if features.dropout:
-        rows = [example(size, "p", "m", "g", "1", dtype=torch.int32, of_larger=True) for _ in range(2)]
-        examples = [
-            *examples[:4],
-            *rows,
-            *examples[4:],
-            example(size, dtype=torch.int32),
-            example(size, dtype=features.dtype),
-        ]
-    return examples
+        examples += [example(size, "p", "m", "g", "1", dtype=torch.int32, of_larger=True) for _ in range(2)]
+    return examples + example_numbers(size, features)
 
 
 def _rebuilt(features: Features, tensors: tuple[Tensor, ...]) -> tuple[Indices, ScoreProgram, Tensor | float]:
@@ -165,17 +103,7 @@ def _rebuilt(features: Features, tensors: tuple[Tensor, ...]) -> tuple[Indices, 
     indices = Indices(next(rest), next(rest), next(rest), next(rest))
     if features.dropout:
         indices = indices._replace(dropout_row=(next(rest), next(rest)))
-    seqlen_q, seqlen_k, left, right, softmax_scale = (next(rest) for _ in range(5))
-    program = ScoreProgram(
-        seqlen_q,
-        seqlen_k,
-        softmax_scale,
-        softcap=next(rest) if features.softcap else None,
-        alibi_slopes=next(rest) if features.alibi else None,
-        window=Window(left, right),
-        dropout=Dropout(NO_SEED, next(rest)) if features.dropout else None,
-    )
-    return indices, program, next(rest) if features.dropout else 1.0
+    return indices, *rebuilt(features, rest)
 
 
 def _softmax_kernel(features: Features) -> Compiled | None:
@@ -190,7 +118,9 @@ def _softmax_kernel(features: Features) -> Compiled | None:
 
     # The row's maximum and its sum are two loops: a capped score is kept between them, and not made twice.
     kept = {"realize_opcount_threshold": KEEP_SCORE} if features.softcap and not features.masked else {}
-    return inductor.compiled(("softmax", features), step, examples, f"a forward step ({features.words})", **kept)
+    return inductor.compiled(
+        ("softmax", features), inductor.writing(step), examples, f"a forward step ({features.words})", **kept
+    )
 
 
 def _gradient_kernel(features: Features) -> Compiled | None:
@@ -205,4 +135,6 @@ def _gradient_kernel(features: Features) -> Compiled | None:
 
     # All in one loop: nothing needs to be kept.
     kept = {"realize_opcount_threshold": KEEP_NOTHING}
-    return inductor.compiled(("gradient", features), step, examples, f"a backward step ({features.words})", **kept)
+    return inductor.compiled(
+        ("gradient", features), inductor.writing(step), examples, f"a backward step ({features.words})", **kept
+    )

@@ -1,0 +1,84 @@
+"""Few queries on many keys, forward: k and v are read once, where they lie (Flash-Decoding: Dao, Haziza, Massa and
+Sizov 2023).
+
+What takes time here is reading the cache, and tiles read it badly: they copy keys to multiply them, or multiply the
+keys of one head after another, which skips from row to row. So one compiled step of its own does it all. It cuts keys
+into parts, which may lie anywhere, in pages too, and merges by their maxima and sums what parts of a sequence give.
+
+step.py   the compiled step
+parts.py  which parts there are, and where they lie
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ....problem import Problem
+from ....scores import Window
+from ..features import Features, numbers
+from . import step
+from .parts import Rows, layout
+
+KEYS = 512  # of the longest sequence, from which it pays
+MANY_ROWS = 16  # queries times heads_per_key, beyond which it does not
+SCORES = 4 << 20  # bytes of scores at once: of larger ones the allocator asks the system for new pages at every call
+
+Results = tuple[Tensor, Tensor]
+
+
+def pays(problem: Problem) -> bool:
+    """Is this a call for `forward`, as far as one can tell at a glance?"""
+    q, k, packed = problem.q, problem.k, problem.packed
+    if q.device.type != "cpu" or problem.dropout_seed is not None or not (q.numel() and problem.v.numel()):
+        return False
+    seqlen_q, seqlen_k = (q.shape[1], k.shape[1]) if packed is None else (packed.max_seqlen_q, packed.max_seqlen_k)
+    return max(1, seqlen_q) * q.shape[-2] // k.shape[-2] <= MANY_ROWS and seqlen_k >= KEYS
+
+
+def forward(problem: Problem) -> Results | None:
+    """-> out and lse, as the engine's; None: it is for tiles, after all, or there is no compiler."""
+    lengths, k, v = _lengths(problem), Rows.of(problem.k), Rows.of(problem.v)
+    if lengths is None or k is None or v is None or k.per_block != v.per_block:
+        return None
+    (queries, lengths_k), q, batch = lengths, problem.q, problem.batch
+    nheads_k, head_dim_v = problem.v.shape[-2:]
+    heads_per_key = q.shape[-2] // nheads_k
+    rows = queries * heads_per_key
+    seqlen_k = lengths_k[0] if problem.packed is None else torch.tensor(lengths_k, dtype=torch.int32)
+    program = problem.program(queries, seqlen_k)
+    features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
+    run = step.compiled(features, rows, heads_per_key, (q.shape[-1], head_dim_v))
+    places = layout(problem, k, queries, lengths_k) if run is not None else None
+    if run is None or places is None:
+        return None
+    # Query head h reads key head h // heads_per_key.
+    by_row = q.view(batch, queries, nheads_k, heads_per_key, -1).transpose(2, 3).reshape(batch, rows, nheads_k, -1)
+    windows = k.windows(places.piece), v.windows(places.piece, step.slices(head_dim_v, rows, q.dtype))
+    arguments = numbers(program, batch, 1.0, features.dtype)
+    at_once = max(1, SCORES // max(1, features.dtype.itemsize * max(lengths_k) * rows * nheads_k))
+    found = [
+        run([by_row.to(features.dtype), *windows, *places.parts(first, min(first + at_once, batch)), *arguments])
+        for first in range(0, batch, at_once)
+    ]
+    out, lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
+    if queries > 1:
+        out, lse = (x.unflatten(2, (queries, -1)).transpose(1, 2) for x in (out, lse))
+    lse = lse.reshape(batch, queries, -1)
+    if problem.packed is None:
+        return out.reshape(batch, queries, -1, head_dim_v).contiguous(), lse.mT.contiguous()
+    return out.reshape(batch * queries, -1, head_dim_v).contiguous(), lse.flatten(0, 1).mT.contiguous()
+
+
+def _lengths(problem: Problem) -> tuple[int, list[int]] | None:
+    """Queries of every sequence, and keys of each; None: sequences differ in their queries."""
+    packed = problem.packed
+    if packed is None:
+        return problem.q.shape[1], [problem.k.shape[1]] * problem.batch
+    queries, remainder = divmod(problem.q.shape[0], problem.batch)
+    if remainder or packed.cu_seqlens_q.tolist() != list(range(0, problem.q.shape[0] + 1, queries)):
+        return None
+    ends = packed.cu_seqlens_k.tolist()
+    return queries, [stop - start for start, stop in pairwise(ends)]

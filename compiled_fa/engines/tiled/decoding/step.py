@@ -1,0 +1,152 @@
+"""The step: scores, softmax and weighted values of parts of the keys, and of a sequence's parts together.
+
+    b sequences   x parts   n keys of a part, in pieces   r rows: queries times heads_per_key   h key heads
+
+Inductor makes loops of it that read k and v as fast as memory gives them, because
+
+- sums of their own, for each row r and for each slice of v's head_dim, become one loop, which loads a key or a value
+  once for all of them, and all of a head's values together;
+- shapes that decide how a loop looks are fixed: rows, head_dims. Others are symbolic;
+- parts are found by an index on overlapping windows of memory, so that rows within a part are plain strides.
+
+Whole parts have no mask but the score program's. The last one of a sequence has, and what lies where it has no key is
+never multiplied: a page's unused memory may hold anything, NaN too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....inductor import Compiled, Size
+from ....scores import ScoreProgram
+from .. import inductor
+from ..features import Features, example_numbers, rebuilt
+from ..inductor import example
+from .parts import Parts
+
+SUMS = 16  # at once, in a loop: as many as there are registers for
+VECTOR = 64  # bytes; Inductor's unit
+
+CONFIG: dict[str, Any] = {
+    # Nothing is kept that a loop can make again: it would be a copy of the cache.
+    "realize_opcount_threshold": 1000,
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+    "realize_acc_reads_size_threshold": None,
+    "assert_indirect_indexing": False,  # indices are our own
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+_rows_of: Callable[[Tensor, list[Tensor]], Tensor] = torch.ops.aten._unsafe_index.Tensor
+
+
+def slices(head_dim: int, rows: int, dtype: torch.dtype) -> int:
+    """Of v's head_dim: of whole vectors each, and as many as have their sums in registers."""
+    vector = VECTOR // dtype.itemsize
+    return max(
+        (n for n in range(1, head_dim // vector + 1) if head_dim % (n * vector) == 0 and n * rows <= SUMS), default=1
+    )
+
+
+def compiled(features: Features, rows: int, heads_per_key: int, head_dims: tuple[int, int]) -> Compiled | None:
+    """queries (batch, r, h, head_dim), windows of k (., piece, h, head_dim) and v (., piece, h, slices, .), Parts and
+    numbers -> out (b, h, r, slices, .) and lse (b, h, r); None: it cannot be compiled. head_dims: q's and v's."""
+    dtype, count = features.product_dtype, slices(head_dims[1], rows, features.product_dtype)
+
+    def examples(size: Size) -> list[Tensor]:
+        piece, h = size("piece", 64), size("h", 5)
+
+        def windows(name: str, *inner: int) -> Tensor:
+            strides = [size(f"{name} {n}", typical) for n, typical in enumerate((1 << 10, 1 << 10, 1 << 7))]
+            last = torch.empty(inner, dtype=dtype).stride()
+            return torch.empty_strided((size(f"{name} rows", 9973), piece, h, *inner), (*strides, *last), dtype=dtype)
+
+        strides = [size(f"queries {n}", typical) for n, typical in enumerate((1 << 11, 1 << 7, 1 << 9))]
+        queries = torch.empty_strided((size("batch", 5), rows, h, head_dims[0]), (*strides, 1), dtype=features.dtype)
+        x, b = ("x",), ("b",)
+        shapes = (*x, "pieces"), x, x, b, b, ("s",), (*b, "pieces"), b, b, b, b
+        parts = [example(size, *shape, dtype=torch.int64) for shape in shapes]
+        v = windows("v", count, head_dims[1] // count)
+        return [queries, windows("k", head_dims[0]), v, *parts, *example_numbers(size, features)]
+
+    key = "decoding", features, rows, heads_per_key, head_dims
+    function = functools.partial(decode, features, heads_per_key)
+    return inductor.compiled(key, function, examples, f"decoding ({features.words})", **CONFIG)
+
+
+def decode(features: Features, heads_per_key: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """What `compiled` compiles."""
+    queries, k, v, *rest = tensors
+    parts = Parts(*rest[: len(Parts._fields)])
+    program, _ = rebuilt(features, iter(rest[len(Parts._fields) :]))
+    attended = functools.partial(_attended, features, heads_per_key, program, queries, k, v)
+    out, total, top = attended(parts.row, parts.owner, parts.key, None)
+    existing = parts.last_start, parts.last_stop
+    last_out, last_total, last_top = attended(parts.last_row, parts.last_owner, parts.last_key, existing)
+
+    which = parts.first[:, None] + torch.minimum(parts.steps, parts.parts[:, None] - 1)
+    exists = (parts.steps < parts.parts[:, None])[..., None, None]
+    tops = torch.where(exists, _rows_of(top, [which]), -inf)  # b s r h
+    greatest = torch.maximum(tops.amax(1), last_top)
+    shift = torch.where(greatest == -inf, 0.0, greatest)
+    weight, last_weight = torch.exp(tops - shift[:, None]), torch.exp(last_top - shift)
+    total = (torch.where(exists, _rows_of(total, [which]), 0.0) * weight).sum(1) + last_total * last_weight
+    lse = (greatest + total.log()).transpose(-1, -2).contiguous()
+
+    weight, last_weight, divisor = (
+        x.transpose(-1, -2)[..., None, None] for x in (weight, last_weight, torch.where(total == 0.0, 1.0, total))
+    )
+    out = (torch.where(exists[..., None, None], _rows_of(out, [which]), 0.0) * weight).sum(1)
+    return ((out + last_out * last_weight) / divisor).to(features.product_dtype).contiguous(), lse
+
+
+def _attended(
+    features: Features,
+    heads_per_key: int,
+    program: ScoreProgram,
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row: Tensor,
+    owner: Tensor,
+    key: Tensor,
+    existing: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> of every part: values weighted by exp(score - maximum) (x, h, r, slices, .), the sum of these weights, and the
+    maximum (x, r, h). existing: the rows of it that are keys; None: all."""
+    rows, dtype = queries.shape[1], features.dtype
+    keys = _rows_of(k, [row]).to(dtype)  # x pieces piece h head_dim
+    products = [(_rows_of(queries[:, r], [owner])[:, None, None] * keys).sum(-1) for r in range(rows)]
+    scores = torch.stack(products, 3)  # x pieces piece r h
+    _, pieces, piece, _, h = scores.shape
+
+    number = torch.arange(pieces * piece, dtype=torch.int32).view(pieces, piece, 1, 1)
+    row_number = torch.arange(rows, dtype=torch.int32)[:, None]
+    head = torch.arange(h, dtype=torch.int32) * heads_per_key + row_number % heads_per_key
+    owner, key = (x[:, None, None, None, None] for x in (owner, key.int()))
+    indices = owner, head, row_number // heads_per_key, key + number
+    score = program.score(scores, *indices)
+    if features.masked:
+        score = torch.where(program.mask(*indices), score, -inf)
+    inside = None
+    if existing is not None:
+        start, stop = (x.int()[:, None, None, None, None] for x in existing)
+        inside = (number >= start) & (number < stop)
+        score = torch.where(inside, score, -inf)
+
+    top = score.amax((1, 2))
+    probs = torch.exp(score - torch.where(top == -inf, 0.0, top)[:, None, None])
+    outs = []
+    for r in range(rows):
+        for j in range(v.shape[3]):
+            values = _rows_of(v[:, :, :, j], [row]).to(dtype)
+            if inside is not None:
+                values = torch.where(inside, values, 0.0)
+            outs.append((probs[:, :, :, r, :, None] * values).sum((1, 2)))
+    return torch.stack(outs, 2).unflatten(2, (rows, -1)), probs.sum((1, 2)), top

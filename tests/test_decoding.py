@@ -1,0 +1,187 @@
+"""Few queries on many keys: parts of the cache, wherever they lie. The step runs eagerly, but in the last test."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import DTYPES, WINDOW_SIDE, Case, check_against_float64, make
+
+from compiled_fa.engines import choose, tiled
+from compiled_fa.engines.tiled import decoding
+from compiled_fa.engines.tiled.decoding import parts, step
+from compiled_fa.problem import Packed, Problem
+
+NOBODY = 10**6  # a block that does not exist
+
+
+def eagerly(features, rows, heads_per_key, head_dims):
+    return lambda tensors: step.decode(features, heads_per_key, *tensors)
+
+
+def shrink(patch):
+    """Parts of 8 keys, of 16 in caches of 64 and more; few scores at once; eager."""
+    for module, name, value in (
+        (decoding, "KEYS", 1),
+        (decoding, "SCORES", 1 << 10),
+        (parts, "PART", 8),
+        (parts, "LONG_PART", 16),
+        (parts, "LONG", 64),
+        (step, "compiled", eagerly),
+    ):
+        patch.setattr(module, name, value)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    shrink(monkeypatch)
+
+
+@st.composite
+def decodings(draw):
+    queries, dense = draw(st.integers(1, 3)), draw(st.booleans())
+    length = st.one_of(st.integers(0, 100), st.sampled_from([1, 7, 8, 9, 16, 63, 64, 65]))
+    lengths = [draw(length)] * draw(st.integers(1, 3)) if dense else draw(st.lists(length, min_size=1, max_size=5))
+    return Case(
+        tuple((queries, n) for n in lengths),
+        dense,
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 3, 8, 33])),
+        draw(st.sampled_from([1, 5, 32, 64])),
+        draw(DTYPES),
+        draw(st.booleans()),
+        draw(st.one_of(st.just((-1, -1)), st.tuples(WINDOW_SIDE, WINDOW_SIDE))),
+        draw(st.sampled_from([None, 0.05, -0.3])),
+        draw(st.sampled_from([0.0, 2.0])),
+        draw(st.sampled_from(["none", "heads", "batch"])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def in_pages(data, page, generator):
+    """The same call, with keys in pages in any order; what is not theirs is NaN, and blocks that are not, nowhere."""
+    problem, lengths = data.problem(), [n for _, n in data.case.lengths]
+    used = [-(-n // page) for n in lengths]
+    free = torch.randperm(sum(used) + 2, generator=generator).tolist()
+    table = torch.full((len(lengths), max(used) + 1), NOBODY, dtype=torch.int32)
+    pool_k, pool_v = (x.new_full((len(free), page, *x.shape[1:]), torch.nan) for x in (data.k, data.v))
+    for b, (n, first) in enumerate(zip(lengths, data.cu_seqlens[1].tolist(), strict=False)):
+        for slot in range(used[b]):
+            table[b, slot] = block = free.pop()
+            some = slice(first + slot * page, first + min((slot + 1) * page, n))
+            pool_k[block, : some.stop - some.start] = data.k[some]
+            pool_v[block, : some.stop - some.start] = data.v[some]
+    packed = Packed(*data.cu_seqlens, data.case.lengths[0][0], max(lengths), table)
+    return replace(problem, q=data.q, k=pool_k, v=pool_v, packed=packed)
+
+
+def as_packed(data, out, lse):
+    return {"out": out, "lse": lse} if out.dim() == 3 else {"out": out.flatten(0, 1), "lse": lse.mT.flatten(0, 1).mT}
+
+
+@given(case=decodings(), page=st.sampled_from([0, 0, 1, 5, 8, 12, 16, 32]))
+def test_agrees_with_float64(case, page):
+    data = make(case)
+    problem = in_pages(data, page, torch.Generator().manual_seed(case.seed)) if page else data.problem()
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        found = decoding.forward(problem)
+    if found is None:  # memory of less than a part
+        assert page == 0
+        assert data.k.shape[0] < 8
+        return
+    assert all(x.is_contiguous() for x in found)
+    check_against_float64(data, as_packed(data, *found))
+
+
+def test_rows_of_a_larger_tensor(small_parts):
+    """qkv side by side, a cache that is not full yet, k and v side by side in pages; and what is no rows at all."""
+    qkv = torch.randn(2, 40, 3, 2, 8)
+    q, k, v = qkv[:, -1:, 0], qkv[:, :, 1], qkv[:, :, 2]
+    expected = decoding.forward(Problem.of(q.contiguous(), k.contiguous(), v.contiguous(), None))
+    for problem in (Problem.of(q, k, v, None), Problem.of(q, *torch.stack([k, v]).unbind(), None)):
+        for one, other in zip(decoding.forward(problem), expected, strict=True):
+            assert torch.equal(one, other)
+    longer = torch.full((2, 2, 100, 2, 8), torch.nan)
+    longer[0, :, :40], longer[1, :, :40] = k, v
+    for one, other in zip(decoding.forward(Problem.of(q, *longer[:, :, :40], None)), expected, strict=True):
+        assert torch.equal(one, other)
+    cu_q, cu_k = torch.arange(3, dtype=torch.int32), torch.tensor([0, 40, 80], dtype=torch.int32)
+    pages = torch.stack([x.reshape(10, 8, 2, 8) for x in (k, v)], 1)
+    table = torch.arange(10, dtype=torch.int32).view(2, 5)
+    problem = Problem.of(q[:, 0], pages[:, 0], pages[:, 1], Packed(cu_q, cu_k, 1, 40, table))
+    assert torch.equal(decoding.forward(problem)[0][:, None], expected[0])
+    heads_first = k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(decoding.forward(Problem.of(q, heads_first, heads_first, None))[1], expected[1])
+    assert decoding.forward(Problem.of(q, k.mT.contiguous().mT, v, None)) is None
+    assert torch.allclose(tiled.forward(Problem.of(q, k.mT.contiguous().mT, v, None))[0], expected[0], atol=1e-6)
+
+
+def test_keys_outside_the_window_are_not_read(small_parts):
+    """Parts begin with the window: 48 of 800 keys, and no more of those before them than a part."""
+    q, k, v = torch.randn(2, 1, 2, 8), torch.randn(2, 800, 2, 8), torch.randn(2, 800, 2, 8)
+    k[:, : 800 - 48 - 16] = v[:, : 800 - 48 - 16] = torch.nan
+    problem = Problem.of(q, k, v, None, None, False, 47)
+    out, lse = decoding.forward(problem)
+    expected, expected_lse = tiled.forward(replace(problem, k=k[:, 752:], v=v[:, 752:]))
+    assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.allclose(lse, expected_lse, atol=1e-6)
+
+
+def test_who_decodes():
+    """Long caches, in any layout: the tiled engine by the step. Short ones, in fp32: aten. Many queries: tiles."""
+
+    def served(keys, queries=1, nheads=8, dtype=torch.float32, **options):
+        q, k = torch.empty(2, queries, nheads, 64, dtype=dtype), torch.empty(2, keys, 4, 64, dtype=dtype)
+        problem = Problem.of(q, k, k, None, **options)
+        name = choose("auto", q.device, problem)[0]
+        return f"step of {name}" if name == "tiled" and decoding.pays(problem) else name
+
+    assert served(1024) == served(5000, 4) == served(1024, 1, 64) == "step of tiled"
+    assert served(600) == served(1024, 16) == "aten"
+    assert served(600, dtype=torch.bfloat16) == served(600, softcap=1.0) == "step of tiled"
+    assert served(300, softcap=1.0) == served(5000, 4, 128) == "tiled"
+
+
+def test_sequences_of_unequal_queries_are_for_tiles(small_parts):
+    data = make(Case(((1, 90), (2, 90))))
+    assert decoding.pays(data.problem())
+    assert decoding.forward(data.problem()) is None
+    out, lse = tiled.forward(data.problem())
+    check_against_float64(data, {"out": out, "lse": lse})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"causal": True, "window_size": (500, 0), "softcap": 3.0, "slopes": "heads"}),
+    ],
+    ids=str,
+)
+def test_compiled(compiled_steps, monkeypatch, dtype, options):
+    """One piece of code for dense, packed and paged keys, one sequence or several, whole parts or none."""
+    compilations = []
+    compiled_graph = step.inductor.inductor.compiled_graph
+    monkeypatch.setattr(
+        step.inductor.inductor,
+        "compiled_graph",
+        lambda *a, **o: (compilations.append(a[0]), compiled_graph(*a, **o))[1],
+    )
+    for lengths, dense in (
+        ((600,), True),
+        ((640, 640, 640), True),
+        ((5000,), True),
+        ((1030, 0, 3, 64, 65), False),
+    ):
+        case = Case(tuple((1, n) for n in lengths), dense, 3, 2, 32, 64, dtype, **options)
+        data = make(case)
+        found = decoding.forward(data.problem())
+        assert found is not None
+        check_against_float64(data, as_packed(data, *found))
+        for page in (16, 256):
+            found = decoding.forward(in_pages(data, page, torch.Generator()))
+            check_against_float64(data, as_packed(data, *found))
+    assert len(set(compilations)) == 1
