@@ -2,7 +2,10 @@
 
 forward.py    Algorithm 1 of FlashAttention-2 (arXiv 2307.08691): online softmax over key tiles
 backward.py   Algorithm 2: probabilities recomputed from lse, one key tile after another
+decoding/     forward of few queries on many keys, which are not cut into tiles but read where they lie
 steps.py      the arithmetic between the matrix products of a tile
+kernels.py    these steps as machine code
+features.py   a score program in machine code: what is fixed, what is an argument
 chunks.py     which sequences and heads run together, and which of their tiles exist
 keys.py       keys and values of a chunk, held or passing by
 products.py   matrix products and their dtype
