@@ -165,12 +165,20 @@ def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
     num_blocks, block_size = k.shape[0], k.shape[1]
     if longest_k > block_table.shape[1] * block_size:
         refuse("block_table", f"of enough blocks of {block_size} for {longest_k} keys", block_table.shape[1])
-    first_row = torch.arange(block_table.shape[1], device=q.device) * block_size
-    used = block_table[first_row < packed.cu_seqlens_k.diff()[:, None]]
-    if used.numel():
-        least, greatest = (int(number) for number in used.aminmax())
-        if least < 0 or greatest >= num_blocks:
-            refuse("block_table", f"block numbers from 0 to {num_blocks - 1}", f"{least} to {greatest}")
+    # Most tables hold nothing but blocks; else what lies behind a sequence's last one may be anything.
+    if not _blocks(block_table, num_blocks):
+        first_row = torch.arange(block_table.shape[1], device=q.device) * block_size
+        used = block_table[first_row < packed.cu_seqlens_k.diff()[:, None]]
+        if not _blocks(used, num_blocks):
+            refuse(
+                "block_table", f"block numbers from 0 to {num_blocks - 1}", f"{int(used.min())} to {int(used.max())}"
+            )
+
+
+def _blocks(numbers: Tensor, count: int) -> bool:
+    """Are all of them numbers of blocks?"""
+    least, greatest = numbers.aminmax() if numbers.numel() else (0, -1)
+    return int(least) >= 0 and int(greatest) < count
 
 
 def _lengths(argument: str, sums: list[int], name_of_bound: str, bound: int) -> int:
