@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,15 @@ def _paged(inputs: Inputs) -> Prepared:
     return Prepared(leaves, attend, inputs.dout, lambda out: out)
 
 
+def _prepare_dense(inputs: Inputs) -> Prepared:
+    """What pages cost: the same case with its keys and values in one piece.
+
+    Its own piece: two peers that read the same tensors would find in the cache what the other has read.
+    """
+    prepared = _dense(inputs)
+    q, k, v = prepared.leaves
+    return replace(prepared, leaves=(q, k.clone(), v.clone()))
+
+
 OURS = Peer(_refusal, _prepare)
-# What pages cost: the same case with its keys and values in one piece.
-OURS_DENSE = Peer(lambda case, direction, device: None if case.page_size else "for paged cases", _dense)
+OURS_DENSE = Peer(lambda case, direction, device: None if case.page_size else "for paged cases", _prepare_dense)
