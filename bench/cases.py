@@ -19,6 +19,7 @@ class Case:
 
     page_size: keys and values lie in pages of that many rows; 0: they do not.
     compiled: every peer is called inside torch.compile'd code, with nothing beside it that would hide the call.
+    layer: every peer is called between the projections of a layer (layer.py).
     """
 
     lengths: tuple[tuple[int, int], ...]
@@ -34,6 +35,7 @@ class Case:
     dropout_p: float = 0.0
     page_size: int = 0
     compiled: bool = False
+    layer: bool = False
 
     @classmethod
     def dense(cls, seqlen: int, batch: int = 1, **options: Any) -> Case:
@@ -124,6 +126,7 @@ class Case:
             f"dropout {self.dropout_p:g}" if self.dropout_p else "",
             f"pages of {self.page_size}" if self.page_size else "",
             "compiled" * self.compiled,
+            "layer" * self.layer,
         ]
         return " ".join(filter(None, [shape, heads, f"D{self.head_dim}", SHORT_DTYPES[self.dtype], *features]))
 

@@ -53,9 +53,9 @@ def _plain(record: Record) -> bool:
     shape, options = record.get("shape"), record.get("options", {})
     if record["status"] != "timed" or shape is None or "cache" in record:
         return False
-    features = ("varlen", "softcap", "alibi", "dropout_p", "page_size", "compiled")
+    features = ("varlen", "softcap", "alibi", "dropout_p", "page_size", "compiled", "layer")
     return (
-        not any(options[name] for name in features)
+        not any(options.get(name) for name in features)
         and tuple(options["window_size"]) == (-1, -1)
         and shape["max_seqlen_q"] == shape["max_seqlen_k"]
         and shape["nheads"] == shape["nheads_k"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Direction, Inputs
+from .layer import in_layer
 from .parity import PEER_SLACK, Reference
 from .peers import PEERS, Prepared
 from .timing import Timing, interleaved
@@ -66,6 +67,8 @@ def prepare(name: str, inputs: Inputs) -> Prepared:
     prepared = PEERS[name].prepare(inputs)
     leaves = tuple(x.detach() for x in prepared.leaves)
     prepared = replace(prepared, leaves=leaves)
+    if inputs.case.layer:
+        prepared = replace(prepared, attend=in_layer(prepared.attend, leaves[0]))
     if inputs.case.compiled:
         prepared = replace(prepared, attend=torch.compile(prepared.attend, fullgraph=True, dynamic=False))
     return prepared

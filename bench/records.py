@@ -78,6 +78,7 @@ def described(case: Case, direction: Direction) -> dict[str, Any]:
             "dropout_p": case.dropout_p,
             "page_size": case.page_size,
             "compiled": case.compiled,
+            "layer": case.layer,
         },
         "useful_scores": case.useful_scores,
         "key_bytes": case.key_bytes,

@@ -90,13 +90,14 @@ def decode(quick: bool) -> list[Entry]:
 
 
 def short(quick: bool) -> list[Entry]:
-    """Lengths where the call costs more than the arithmetic, eager and inside torch.compile'd code."""
+    """Lengths where the call costs more than the arithmetic: eager, compiled, and in a compiled layer of a model."""
     entries = []
-    for options in _options(compiled=(False, True), dtype=DTYPES[:1] if quick else DTYPES):
-        for length in (33,) if quick else (64, 128, 256):
-            for batch in (1,) if quick else (1, 8):
-                directions = BOTH if options["compiled"] else FORWARD
-                entries.append(Entry(Case.dense(length, batch, **options), directions=directions))
+    for where in ({}, {"compiled": True}, {"compiled": True, "layer": True}):
+        for options in _options(dtype=DTYPES[:1] if quick else DTYPES):
+            for length in (33,) if quick else (64, 128, 256):
+                for batch in (1,) if quick else (1, 8):
+                    case = Case.dense(length, batch, **where, **options)
+                    entries.append(Entry(case, directions=BOTH if case.compiled else FORWARD))
     return entries
 
 

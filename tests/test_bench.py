@@ -45,8 +45,9 @@ def test_every_peer_computes_every_quick_case(name):
                 assert outcome.status == "timed" or outcome.reason
 
 
-def test_compiled_case():
-    outcomes = run(Case.dense(33, compiled=True), "forward+backward", ("ours", "SDPA", "naive"))
+@pytest.mark.parametrize("layer", [False, True])
+def test_compiled_case(layer):
+    outcomes = run(Case.dense(33, compiled=True, layer=layer), "forward+backward", ("ours", "SDPA", "naive"))
     assert {outcome.status for outcome in outcomes.values()} == {"timed"}, outcomes
 
 
