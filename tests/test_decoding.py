@@ -119,6 +119,11 @@ def test_rows_of_a_larger_tensor(small_parts):
     assert torch.allclose(tiled.forward(Problem.of(q, k.mT.contiguous().mT, v, None))[0], expected[0], atol=1e-6)
 
 
+def test_sequences_share_a_call_while_scores_are_few():
+    assert list(decoding._groups([5], 3)) == [(0, 1)]
+    assert list(decoding._groups([9, 1, 1, 1, 9, 0, 2], 3)) == [(0, 1), (1, 4), (4, 5), (5, 7)]
+
+
 def test_keys_outside_the_window_are_not_read(small_parts):
     """Parts begin with the window: 48 of 800 keys, and no more of those before them than a part."""
     q, k, v = torch.randn(2, 1, 2, 8), torch.randn(2, 800, 2, 8), torch.randn(2, 800, 2, 8)
@@ -131,18 +136,20 @@ def test_keys_outside_the_window_are_not_read(small_parts):
 
 
 def test_who_decodes():
-    """Long caches, in any layout: the tiled engine by the step. Short ones, in fp32: aten. Many queries: tiles."""
+    """Long caches, and many, in any layout: the tiled engine by the step. Others: aten. Many queries: tiles."""
 
-    def served(keys, queries=1, nheads=8, dtype=torch.float32, **options):
-        q, k = torch.empty(2, queries, nheads, 64, dtype=dtype), torch.empty(2, keys, 4, 64, dtype=dtype)
+    def served(keys, queries=1, nheads=8, batch=2, dtype=torch.float32, **options):
+        q, k = torch.empty(batch, queries, nheads, 64, dtype=dtype), torch.empty(batch, keys, 4, 64, dtype=dtype)
         problem = Problem.of(q, k, k, None, **options)
         name = choose("auto", q.device, problem)[0]
         return f"step of {name}" if name == "tiled" and decoding.pays(problem) else name
 
-    assert served(1024) == served(5000, 4) == served(1024, 1, 64) == "step of tiled"
-    assert served(600) == served(1024, 16) == "aten"
-    assert served(600, dtype=torch.bfloat16) == served(600, softcap=1.0) == "step of tiled"
-    assert served(300, softcap=1.0) == served(5000, 4, 128) == "tiled"
+    assert served(1024) == served(256, batch=16) == served(5000, 4) == served(1024, 1, 64) == "step of tiled"
+    assert served(600) == served(40, batch=99) == served(1024, 16) == "aten"
+    assert served(128, dtype=torch.bfloat16) == served(128, dtype=torch.float16) == "step of tiled"
+    assert served(100, dtype=torch.bfloat16) == "aten"
+    assert served(100, softcap=1.0) == "step of tiled"
+    assert served(60, softcap=1.0) == served(5000, 4, 128) == "tiled"
 
 
 def test_sequences_of_unequal_queries_are_for_tiles(small_parts):
@@ -178,7 +185,8 @@ def test_compiled(compiled_steps, monkeypatch, dtype, options):
     ):
         case = Case(tuple((1, n) for n in lengths), dense, 3, 2, 32, 64, dtype, **options)
         data = make(case)
-        found = decoding.forward(data.problem())
+        problem = data.problem()
+        found = decoding.forward(replace(problem, q=problem.q.mT.contiguous().mT))  # any strides
         assert found is not None
         check_against_float64(data, as_packed(data, *found))
         for page in (16, 256):

@@ -23,8 +23,9 @@ __all__ = ["backward", "forward", "slower", "why_not"]
 
 FEW = 256  # tokens up to which nothing beats a single call
 FEW_QUERIES, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster
-ROWS = 16  # queries times heads_per_key, up to which the tiled engine reads keys where they lie, and faster
-KEYS, ELEMENTS = 1024, 1 << 19  # of a sequence, and of all keys, from which it does so in fp32
+# Where the tiled engine reads keys where they lie: queries times heads_per_key, keys of a sequence, and elements of all
+# keys, in half precision and else.
+DECODING_ROWS, DECODING_KEYS, DECODING_HALF, DECODING = 16, 64, 1 << 16, 1 << 20
 
 EVERYTHING, CAUSAL = Window(), Window(right=0)
 
@@ -59,8 +60,8 @@ def slower(problem: Problem, direction: Direction) -> bool:
     seqlen_q, seqlen_k = q.shape[-3] // sequences, k.shape[-3] // sequences  # on average
     if direction == "backward":
         return half or (seqlen_q > FEW and problem.window_in_force != EVERYTHING)
-    if half:
-        return seqlen_k >= FEW
-    if seqlen_q * q.shape[-2] <= ROWS * k.shape[-2] and k.numel() >= ELEMENTS:
-        return seqlen_k >= KEYS
-    return seqlen_k >= MANY and seqlen_q <= FEW_QUERIES
+    if seqlen_q * q.shape[-2] <= DECODING_ROWS * k.shape[-2] and seqlen_k >= DECODING_KEYS:
+        enough = DECODING_HALF if q.dtype.itemsize < 4 else DECODING if seqlen_k < 1024 else DECODING // 2
+        if k.numel() >= enough:
+            return True
+    return seqlen_k >= FEW if half else seqlen_k >= MANY and seqlen_q <= FEW_QUERIES

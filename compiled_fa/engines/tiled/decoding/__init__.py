@@ -11,6 +11,7 @@ parts.py  which parts there are, and where they lie
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -22,7 +23,7 @@ from ..features import Features, numbers
 from . import step
 from .parts import Rows, layout
 
-KEYS = 512  # of the longest sequence, from which it pays
+KEYS = 64  # of the longest sequence, from which it pays
 MANY_ROWS = 16  # queries times heads_per_key, beyond which it does not
 SCORES = 4 << 20  # bytes of scores at once: of larger ones the allocator asks the system for new pages at every call
 
@@ -47,7 +48,7 @@ def forward(problem: Problem) -> Results | None:
     nheads_k, head_dim_v = problem.v.shape[-2:]
     heads_per_key = q.shape[-2] // nheads_k
     rows = queries * heads_per_key
-    seqlen_k = lengths_k[0] if problem.packed is None else torch.tensor(lengths_k, dtype=torch.int32)
+    seqlen_k = lengths_k[0] if problem.packed is None else torch.tensor(lengths_k, dtype=torch.int32, device=q.device)
     program = problem.program(queries, seqlen_k)
     features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
     run = step.compiled(features, rows, heads_per_key, (q.shape[-1], head_dim_v))
@@ -55,14 +56,13 @@ def forward(problem: Problem) -> Results | None:
     if run is None or places is None:
         return None
     # Query head h reads key head h // heads_per_key.
-    by_row = q.view(batch, queries, nheads_k, heads_per_key, -1).transpose(2, 3).reshape(batch, rows, nheads_k, -1)
+    by_key = q.view(batch, queries, nheads_k, heads_per_key, -1).transpose(2, 3)
+    by_row = by_key.to(features.dtype).contiguous().view(batch, rows, nheads_k, -1)
     windows = k.windows(places.piece), v.windows(places.piece, step.slices(head_dim_v, rows, q.dtype))
     arguments = numbers(program, batch, 1.0, features.dtype)
-    at_once = max(1, SCORES // max(1, features.dtype.itemsize * max(lengths_k) * rows * nheads_k))
-    found = [
-        run([by_row.to(features.dtype), *windows, *places.parts(first, min(first + at_once, batch)), *arguments])
-        for first in range(0, batch, at_once)
-    ]
+    most_keys = SCORES // (features.dtype.itemsize * rows * nheads_k)
+    groups = _groups(lengths_k, most_keys)
+    found = [run([by_row, *windows, *places.parts(*some), *arguments]) for some in groups]
     out, lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
     if queries > 1:
         out, lse = (x.unflatten(2, (queries, -1)).transpose(1, 2) for x in (out, lse))
@@ -70,6 +70,17 @@ def forward(problem: Problem) -> Results | None:
     if problem.packed is None:
         return out.reshape(batch, queries, -1, head_dim_v).contiguous(), lse.mT.contiguous()
     return out.reshape(batch * queries, -1, head_dim_v).contiguous(), lse.flatten(0, 1).mT.contiguous()
+
+
+def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Sequences first to stop of `most` keys in all, or one."""
+    first = keys = 0
+    for sequence, length in enumerate(lengths):
+        if keys and keys + length > most:
+            yield first, sequence
+            first, keys = sequence, 0
+        keys += length
+    yield first, len(lengths)
 
 
 def _lengths(problem: Problem) -> tuple[int, list[int]] | None:

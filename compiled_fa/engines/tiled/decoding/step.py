@@ -67,8 +67,7 @@ def compiled(features: Features, rows: int, heads_per_key: int, head_dims: tuple
             last = torch.empty(inner, dtype=dtype).stride()
             return torch.empty_strided((size(f"{name} rows", 9973), piece, h, *inner), (*strides, *last), dtype=dtype)
 
-        strides = [size(f"queries {n}", typical) for n, typical in enumerate((1 << 11, 1 << 7, 1 << 9))]
-        queries = torch.empty_strided((size("batch", 5), rows, h, head_dims[0]), (*strides, 1), dtype=features.dtype)
+        queries = torch.empty((size("batch", 5), rows, h, head_dims[0]), dtype=features.dtype)
         x, b = ("x",), ("b",)
         shapes = (*x, "pieces"), x, x, b, b, ("s",), (*b, "pieces"), b, b, b, b
         parts = [example(size, *shape, dtype=torch.int64) for shape in shapes]
