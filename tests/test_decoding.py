@@ -10,7 +10,7 @@ from support import DTYPES, WINDOW_SIDE, Case, check_against_float64, make
 
 from compiled_fa.engines import choose, tiled
 from compiled_fa.engines.tiled import decoding
-from compiled_fa.engines.tiled.decoding import parts, step
+from compiled_fa.engines.tiled.decoding import parts, plans, step
 from compiled_fa.problem import Packed, Problem
 
 NOBODY = 10**6  # a block that does not exist
@@ -24,11 +24,12 @@ def shrink(patch):
     """Parts of 8 keys, of 16 in caches of 64 and more; few scores at once; eager."""
     for module, name, value in (
         (decoding, "KEYS", 1),
-        (decoding, "SCORES", 1 << 10),
+        (plans, "SCORES", 1 << 10),
         (parts, "PART", 8),
         (parts, "LONG_PART", 16),
         (parts, "LONG", 64),
         (step, "compiled", eagerly),
+        (plans, "_plans", {}),
     ):
         patch.setattr(module, name, value)
 
@@ -120,8 +121,8 @@ def test_rows_of_a_larger_tensor(small_parts):
 
 
 def test_sequences_share_a_call_while_scores_are_few():
-    assert list(decoding._groups([5], 3)) == [(0, 1)]
-    assert list(decoding._groups([9, 1, 1, 1, 9, 0, 2], 3)) == [(0, 1), (1, 4), (4, 5), (5, 7)]
+    assert list(plans._groups([5], 3)) == [(0, 1)]
+    assert list(plans._groups([9, 1, 1, 1, 9, 0, 2], 3)) == [(0, 1), (1, 4), (4, 5), (5, 7)]
 
 
 def test_keys_outside_the_window_are_not_read(small_parts):
@@ -170,6 +171,7 @@ def test_sequences_of_unequal_queries_are_for_tiles(small_parts):
 )
 def test_compiled(compiled_steps, monkeypatch, dtype, options):
     """One piece of code for dense, packed and paged keys, one sequence or several, whole parts or none."""
+    monkeypatch.setattr(plans, "_plans", {})
     compilations = []
     compiled_graph = step.inductor.inductor.compiled_graph
     monkeypatch.setattr(

@@ -14,6 +14,7 @@ import torch
 import compiled_fa
 from compiled_fa import inductor, progress
 from compiled_fa.engines.tiled import inductor as steps_inductor
+from compiled_fa.engines.tiled.decoding import plans
 from compiled_fa.hardware import fast_bfloat16
 
 
@@ -112,6 +113,7 @@ def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options,
 
 
 def test_warmup_compiles_decoding(compiled_steps, monkeypatch):
+    monkeypatch.setattr(plans, "_plans", {})
     monkeypatch.setattr(inductor, "_compiled", {})
     monkeypatch.setattr(steps_inductor, "_failed", set())
     compiled_fa.warmup(seqlen=64, nheads=4, nheads_k=2, head_dim=32, decode=True, backward=False)

@@ -7,25 +7,23 @@ into parts, which may lie anywhere, in pages too, and merges by their maxima and
 
 step.py   the compiled step
 parts.py  which parts there are, and where they lie
+plans.py  what calls of one shape share
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ....problem import Problem
-from ....scores import Window
-from ..features import Features, numbers
 from . import step
-from .parts import Rows, layout
+from .parts import Rows, located
+from .plans import plan
 
 KEYS = 64  # of the longest sequence, from which it pays
 MANY_ROWS = 16  # queries times heads_per_key, beyond which it does not
-SCORES = 4 << 20  # bytes of scores at once: of larger ones the allocator asks the system for new pages at every call
 
 Results = tuple[Tensor, Tensor]
 
@@ -45,24 +43,18 @@ def forward(problem: Problem) -> Results | None:
     if lengths is None or k is None or v is None or k.per_block != v.per_block:
         return None
     (queries, lengths_k), q, batch = lengths, problem.q, problem.batch
+    planned = plan(problem, k, queries, lengths_k)
+    if planned is None:
+        return None
     nheads_k, head_dim_v = problem.v.shape[-2:]
     heads_per_key = q.shape[-2] // nheads_k
     rows = queries * heads_per_key
-    seqlen_k = lengths_k[0] if problem.packed is None else torch.tensor(lengths_k, dtype=torch.int32, device=q.device)
-    program = problem.program(queries, seqlen_k)
-    features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
-    run = step.compiled(features, rows, heads_per_key, (q.shape[-1], head_dim_v))
-    places = layout(problem, k, queries, lengths_k) if run is not None else None
-    if run is None or places is None:
-        return None
     # Query head h reads key head h // heads_per_key.
     by_key = q.view(batch, queries, nheads_k, heads_per_key, -1).transpose(2, 3)
-    by_row = by_key.to(features.dtype).contiguous().view(batch, rows, nheads_k, -1)
-    windows = k.windows(places.piece), v.windows(places.piece, step.slices(head_dim_v, rows, q.dtype))
-    arguments = numbers(program, batch, 1.0, features.dtype)
-    most_keys = SCORES // (features.dtype.itemsize * rows * nheads_k)
-    groups = _groups(lengths_k, most_keys)
-    found = [run([by_row, *windows, *places.parts(*some), *arguments]) for some in groups]
+    by_row = by_key.to(problem.lse_dtype).contiguous().view(batch, rows, nheads_k, -1)
+    windows = k.windows(planned.piece), v.windows(planned.piece, step.slices(head_dim_v, rows, q.dtype))
+    everything = planned.dense or [located(problem.packed, k, planned.piece, cut) for cut in planned.cuts]
+    found = [planned.run([by_row, *windows, *parts, *planned.numbers]) for parts in everything]
     out, lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
     if queries > 1:
         out, lse = (x.unflatten(2, (queries, -1)).transpose(1, 2) for x in (out, lse))
@@ -70,17 +62,6 @@ def forward(problem: Problem) -> Results | None:
     if problem.packed is None:
         return out.reshape(batch, queries, -1, head_dim_v).contiguous(), lse.mT.contiguous()
     return out.reshape(batch * queries, -1, head_dim_v).contiguous(), lse.flatten(0, 1).mT.contiguous()
-
-
-def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Sequences first to stop of `most` keys in all, or one."""
-    first = keys = 0
-    for sequence, length in enumerate(lengths):
-        if keys and keys + length > most:
-            yield first, sequence
-            first, keys = sequence, 0
-        keys += length
-    yield first, len(lengths)
 
 
 def _lengths(problem: Problem) -> tuple[int, list[int]] | None:

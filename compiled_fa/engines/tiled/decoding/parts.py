@@ -5,14 +5,12 @@ A part is some pieces, each of rows that lie side by side: one piece, or the pag
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ....problem import Problem
+from ....problem import Packed
 
 PART, LONG_PART = 64, 256  # keys: enough parts for all threads, or few to be merged
 LONG = 4096  # keys from which there are parts enough
@@ -68,38 +66,6 @@ class Rows(NamedTuple):
         return self.tensor.as_strided((*shape, slices, width), (*strides, width, 1))
 
 
-class Layout(NamedTuple):
-    piece: int  # keys
-    parts: Callable[[int, int], Parts]  # of sequences first to stop
-
-
-def layout(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Layout | None:
-    """Of sequences with so many keys each; None: memory holds less than a piece."""
-    packed = problem.packed
-    table = None if packed is None else packed.block_table
-    part = piece = LONG_PART if max(lengths) >= LONG else PART
-    page = None
-    if table is not None:
-        page = problem.k.shape[1]
-        piece = max(n for n in range(1, min(page, part) + 1) if page % n == 0)
-        part = part // piece * piece
-    if k.total < piece:
-        return None
-    seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]
-    spans = tuple((max(0, start // part * part), max(0, stop)) for start, stop in seen)
-
-    def parts(first: int, stop: int) -> Parts:
-        some = spans[first:stop]
-        if packed is None:
-            return _dense(some, first, part, k.per_block, k.total)
-        cut = _cut(some, first, part, piece, page)
-        if table is None:
-            return _placed(cut, packed.cu_seqlens_k[cut.sequence] + cut.offset, k.total - piece)
-        return _placed(cut, table[cut.sequence, cut.slot].long() * k.per_block + cut.offset)
-
-    return Layout(piece, parts)
-
-
 class Cut(NamedTuple):
     """Spans in parts, wherever those lie: whole ones, then last ones, (x + b, pieces) or, `owner`, (x + b,)."""
 
@@ -117,9 +83,17 @@ class Cut(NamedTuple):
     exists: Tensor | None  # (x + b, 1): that part has keys; None: all have
 
 
-@functools.lru_cache(maxsize=64)
-def _cut(spans: Spans, first: int, part: int, piece: int, page: int | None) -> Cut:
-    """The layers of a model ask for the same one. first: the number of the first of these sequences."""
+def sizes(longest: int, page: int | None) -> tuple[int, int]:
+    """Keys of a part, and of a piece. longest: keys of a sequence. page: rows of it, where keys lie in pages."""
+    part = LONG_PART if longest >= LONG else PART
+    if page is None:
+        return part, part
+    piece = max(n for n in range(1, min(page, part) + 1) if page % n == 0)
+    return part // piece * piece, piece
+
+
+def cut(spans: Spans, first: int, part: int, piece: int, page: int | None) -> Cut:
+    """first: the number of the first of these sequences."""
     start, stop = torch.tensor(spans, device="cpu").T
     parts = ((stop - start + part - 1) // part - 1).clamp(min=0)
     before = parts.cumsum(0) - parts
@@ -153,6 +127,15 @@ def _cut(spans: Spans, first: int, part: int, piece: int, page: int | None) -> C
     )
 
 
+def located(packed: Packed | None, k: Rows, piece: int, cut: Cut) -> Parts:
+    """Where parts of dense (None), packed or paged keys lie."""
+    if packed is None:
+        return _placed(cut, cut.sequence * k.per_block + cut.offset, k.total - piece)
+    if packed.block_table is None:
+        return _placed(cut, packed.cu_seqlens_k[cut.sequence] + cut.offset, k.total - piece)
+    return _placed(cut, packed.block_table[cut.sequence, cut.slot].long() * k.per_block + cut.offset)
+
+
 def _placed(cut: Cut, row: Tensor, last_window: int | None = None) -> Parts:
     """row: where pieces begin that have keys. last_window: of memory, where pieces are not parts of its blocks."""
     whole = len(cut.key)
@@ -166,9 +149,3 @@ def _placed(cut: Cut, row: Tensor, last_window: int | None = None) -> Parts:
     owner, last_owner = cut.owner[:whole], cut.owner[whole:]
     counted = cut.first, cut.parts, cut.steps
     return Parts(row[:whole], owner, cut.key, *counted, last_row, last_owner, last_key, start, stop)
-
-
-@functools.lru_cache(maxsize=64)
-def _dense(spans: Spans, first: int, part: int, per_block: int, total: int) -> Parts:
-    cut = _cut(spans, first, part, part, None)
-    return _placed(cut, cut.sequence * per_block + cut.offset, total - part)

@@ -1,0 +1,82 @@
+"""What a call shares with others of its shape: the layers of a model ask for the same once a token.
+
+Made of a hundred operations on small tensors, which take longer than attending to a short cache does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....inductor import Compiled
+from ....problem import Problem
+from ....scores import Window
+from .. import inductor
+from ..features import Features, numbers
+from . import step
+from .parts import Cut, Parts, Rows, cut, located, sizes
+
+SCORES = 4 << 20  # bytes of scores at once: of larger ones the allocator asks the system for new pages at every call
+PLANS = 64  # kept
+
+_plans: dict[object, Plan] = {}
+
+
+class Plan(NamedTuple):
+    run: Compiled
+    numbers: list[Tensor]
+    piece: int  # keys
+    cuts: list[Cut]  # of sequences that run together
+    dense: list[Parts]  # the same, where they lie, if keys are dense
+
+
+def plan(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Plan | None:
+    """For sequences with so many queries, and keys; None: there is no compiler, or memory holds less than a piece."""
+    if problem.alibi_slopes is not None:  # of which everybody has their own
+        return _made(problem, k, queries, lengths)
+    page = None if problem.packed is None or problem.packed.block_table is None else problem.k.shape[1]
+    heads_and_dims = problem.q.shape[-2:], problem.v.shape[-2:]
+    program = problem.softmax_scale, problem.softcap, problem.window
+    how = inductor.why_not(), problem.packed is None, page, k.total, k.per_block
+    key = queries, *lengths, *how, *heads_and_dims, problem.q.dtype, *program
+    found = _plans.get(key)
+    if found is None:
+        found = _made(problem, k, queries, lengths)
+        if found is not None:
+            if len(_plans) >= PLANS:
+                _plans.clear()
+            _plans[key] = found
+    return found
+
+
+def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Plan | None:
+    q, packed, (nheads_k, head_dim_v) = problem.q, problem.packed, problem.v.shape[-2:]
+    heads_per_key = q.shape[-2] // nheads_k
+    rows = queries * heads_per_key
+    program = problem.program(queries, torch.tensor(lengths, dtype=torch.int32, device=q.device))
+    features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
+    page = None if packed is None or packed.block_table is None else problem.k.shape[1]
+    part, piece = sizes(max(lengths), page)
+    run = step.compiled(features, rows, heads_per_key, (q.shape[-1], head_dim_v))
+    if run is None or k.total < piece:
+        return None
+    seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]
+    spans = tuple((max(0, start // part * part), max(0, stop)) for start, stop in seen)
+    groups = _groups(lengths, SCORES // (features.dtype.itemsize * rows * nheads_k))
+    cuts = [cut(spans[first:stop], first, part, piece, page) for first, stop in groups]
+    dense = [located(None, k, piece, some) for some in cuts] if packed is None else []
+    return Plan(run, numbers(program, len(lengths), 1.0, features.dtype), piece, cuts, dense)
+
+
+def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Sequences first to stop of `most` keys in all, or one."""
+    first = keys = 0
+    for sequence, length in enumerate(lengths):
+        if keys and keys + length > most:
+            yield first, sequence
+            first, keys = sequence, 0
+        keys += length
+    yield first, len(lengths)
