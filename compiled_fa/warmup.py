@@ -13,6 +13,7 @@ from .interface import Result, flash_attn_func, flash_attn_varlen_func
 
 SHORT = 64  # tokens; in bf16, short tiles and those of twice the length are code of their own
 LONG = 1 << 20  # elements of a cache that is long enough for code of its own
+MANY = 1 << 18  # elements of q in short sequences that are enough for code of its own
 
 
 def warmup(
@@ -36,7 +37,7 @@ def warmup(
 
     On a CPU one piece of machine code serves every shape, scale, window and head_dim; which of softcap, ALiBi and
     dropout there are, whether anything is masked, the dtype, and the direction tell pieces apart. On a GPU, and on a
-    CPU for decoding, also head_dim and the query heads for each key head do.
+    CPU for decoding and for short packed sequences, also head_dim and the query heads for each key head do.
 
     Args:
         dtype, device: of q, k and v.
@@ -76,7 +77,7 @@ def warmup(
 
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(backward):  # dropout draws
-        for lengths in _batches(seqlen, varlen):
+        for lengths in _batches(seqlen, varlen, nheads * head_dim):
             call(lengths)
         if decode:
             cache = max(seqlen, LONG // (nheads_k * head_dim))
@@ -86,10 +87,14 @@ def warmup(
     return time.perf_counter() - start
 
 
-def _batches(seqlen: int, varlen: bool) -> list[list[int]]:
-    """Lengths of sequences which between them need all code: long ones, and, of one length and of many, short ones."""
+def _batches(seqlen: int, varlen: bool, width: int) -> list[list[int]]:
+    """Lengths of sequences which between them need all code: long ones, and, of one length and of many, short ones.
+
+    width: of all heads.
+    """
     short = [min(seqlen, SHORT), min(seqlen, 2 * SHORT)]
     if not varlen:
         return [[seqlen], short[:1]]
     ragged = [list(range(max(1, length - 7), length + 1)) for length in short]
-    return [[seqlen] * 2, short[:1] * 8, *ragged]
+    many = max(8, -(-MANY // (short[0] * width)))
+    return [[seqlen] * 2, short[:1] * 8, short[:1] * many, *ragged]

@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 from support import DTYPES, WINDOW_SIDE, Case, check_against_float64, make
 
 from compiled_fa.engines import choose, tiled
-from compiled_fa.engines.tiled import decoding
-from compiled_fa.engines.tiled.decoding import parts, plans, step
+from compiled_fa.engines.tiled.direct import decoding, parts, plans, step
 from compiled_fa.problem import Packed, Problem
 
 NOBODY = 10**6  # a block that does not exist
 
 
-def eagerly(features, rows, heads_per_key, head_dims):
-    return lambda tensors: step.decode(features, heads_per_key, *tensors)
+def eagerly(shape):
+    return lambda tensors: step.decode(shape, *tensors)
 
 
 def shrink(patch):
@@ -28,7 +27,7 @@ def shrink(patch):
         (parts, "PART", 8),
         (parts, "LONG_PART", 16),
         (parts, "LONG", 64),
-        (step, "compiled", eagerly),
+        (step, "decoding", eagerly),
         (plans, "_plans", {}),
     ):
         patch.setattr(module, name, value)

@@ -14,7 +14,7 @@ import torch
 import compiled_fa
 from compiled_fa import inductor, progress
 from compiled_fa.engines.tiled import inductor as steps_inductor
-from compiled_fa.engines.tiled.decoding import plans
+from compiled_fa.engines.tiled.direct import plans
 from compiled_fa.hardware import fast_bfloat16
 
 
@@ -101,6 +101,10 @@ def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options,
     if options or (dtype == torch.bfloat16 and fast_bfloat16()):
         assert inductor._compiled
     monkeypatch.setattr(inductor, "compile_graph", None)  # to compile anything now is an error
+    if varlen:
+        many, q = [60] * 70, torch.randn(60 * 70, 2, 64, dtype=dtype)
+        cu_seqlens = torch.tensor([0, *accumulate(many)], dtype=torch.int32)
+        compiled_fa.flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 60, 60, **options)
     for lengths in ([340], [50], [17] * 9, list(range(1, 60)), [100, 240], list(range(110, 200, 11))):
         q = torch.randn(1, sum(lengths), 3, 16, dtype=dtype, requires_grad=True)
         if varlen:

@@ -23,9 +23,10 @@ __all__ = ["backward", "forward", "slower", "why_not"]
 
 FEW = 256  # tokens up to which nothing beats a single call
 FEW_QUERIES, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster
-# Where the tiled engine reads keys where they lie: queries times heads_per_key, keys of a sequence, and elements of all
-# keys, in half precision and else.
+# Where the tiled engine needs no tiles (engines/tiled/direct). Decoding: queries times heads_per_key, keys of a
+# sequence, and elements of all keys, in half precision and else. Short sequences: keys of the longest, elements of q.
 DECODING_ROWS, DECODING_KEYS, DECODING_HALF, DECODING = 16, 64, 1 << 16, 1 << 20
+SHORT, MANY_SHORT = 96, 1 << 18
 
 EVERYTHING, CAUSAL = Window(), Window(right=0)
 
@@ -64,4 +65,6 @@ def slower(problem: Problem, direction: Direction) -> bool:
         enough = DECODING_HALF if q.dtype.itemsize < 4 else DECODING if seqlen_k < 1024 else DECODING // 2
         if k.numel() >= enough:
             return True
+    if packed is not None and packed.max_seqlen_k <= SHORT and q.shape[-2] <= DECODING_ROWS * k.shape[-2]:
+        return q.numel() >= MANY_SHORT
     return seqlen_k >= FEW if half else seqlen_k >= MANY and seqlen_q <= FEW_QUERIES

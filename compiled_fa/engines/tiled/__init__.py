@@ -2,7 +2,7 @@
 
 forward.py    Algorithm 1 of FlashAttention-2 (arXiv 2307.08691): online softmax over key tiles
 backward.py   Algorithm 2: probabilities recomputed from lse, one key tile after another
-decoding/     forward of few queries on many keys, which are not cut into tiles but read where they lie
+direct/       forward without tiles, of few queries on many keys and of many short sequences
 steps.py      the arithmetic between the matrix products of a tile
 kernels.py    these steps as machine code
 features.py   a score program in machine code: what is fixed, what is an argument

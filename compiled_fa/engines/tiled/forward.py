@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from . import decoding
+from . import direct
 from .call import Call
 from .chunks import Chunk
 from .keys import Keys
@@ -22,10 +22,9 @@ def forward(problem: Problem, tiles: TileSizes | None = None) -> tuple[Tensor, T
 
     tiles: sizes to use in place of those of tiles.py.
     """
-    if tiles is None and decoding.pays(problem):
-        found = decoding.forward(problem)
-        if found is not None:
-            return found
+    found = direct.forward(problem) if tiles is None else None
+    if found is not None:
+        return found
     call = Call(problem, tiles)
     q, v = problem.q, problem.v
     out = call.results((*q.shape[:-1], v.shape[-1]))

@@ -1,4 +1,4 @@
-"""What a call shares with others of its shape: the layers of a model ask for the same once a token.
+"""What a decoding call shares with others of its shape: the layers of a model ask for the same once a token.
 
 Made of a hundred operations on small tensors, which take longer than attending to a short cache does.
 """
@@ -60,7 +60,7 @@ def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Pl
     features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
     page = None if packed is None or packed.block_table is None else problem.k.shape[1]
     part, piece = sizes(max(lengths), page)
-    run = step.compiled(features, rows, heads_per_key, (q.shape[-1], head_dim_v))
+    run = step.decoding(step.Shape(features, queries, heads_per_key, (q.shape[-1], head_dim_v)))
     if run is None or k.total < piece:
         return None
     seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]

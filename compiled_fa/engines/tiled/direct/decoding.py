@@ -1,13 +1,7 @@
-"""Few queries on many keys, forward: k and v are read once, where they lie (Flash-Decoding: Dao, Haziza, Massa and
-Sizov 2023).
+"""Few queries on many keys, forward (Flash-Decoding: Dao, Haziza, Massa and Sizov 2023).
 
-What takes time here is reading the cache, and tiles read it badly: they copy keys to multiply them, or multiply the
-keys of one head after another, which skips from row to row. So one compiled step of its own does it all. It cuts keys
-into parts, which may lie anywhere, in pages too, and merges by their maxima and sums what parts of a sequence give.
-
-step.py   the compiled step
-parts.py  which parts there are, and where they lie
-plans.py  what calls of one shape share
+What takes time here is reading the cache. Keys are cut into parts, which may lie anywhere, in pages too; what parts of
+a sequence give is merged by their maxima and sums.
 """
 
 from __future__ import annotations
@@ -50,11 +44,11 @@ def forward(problem: Problem) -> Results | None:
     heads_per_key = q.shape[-2] // nheads_k
     rows = queries * heads_per_key
     # Query head h reads key head h // heads_per_key.
-    by_key = q.view(batch, queries, nheads_k, heads_per_key, -1).transpose(2, 3)
-    by_row = by_key.to(problem.lse_dtype).contiguous().view(batch, rows, nheads_k, -1)
+    by_key = (q if q.stride(-1) == 1 else q.contiguous()).view(batch, queries, nheads_k, heads_per_key, -1)
+    by_key = by_key.to(problem.lse_dtype)
     windows = k.windows(planned.piece), v.windows(planned.piece, step.slices(head_dim_v, rows, q.dtype))
     everything = planned.dense or [located(problem.packed, k, planned.piece, cut) for cut in planned.cuts]
-    found = [planned.run([by_row, *windows, *parts, *planned.numbers]) for parts in everything]
+    found = [planned.run([by_key, *windows, *parts, *planned.numbers]) for parts in everything]
     out, lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
     if queries > 1:
         out, lse = (x.unflatten(2, (queries, -1)).transpose(1, 2) for x in (out, lse))

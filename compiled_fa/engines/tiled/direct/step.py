@@ -1,16 +1,16 @@
-"""The step: scores, softmax and weighted values of parts of the keys, and of a sequence's parts together.
+"""The steps: scores, softmax and weighted values of parts of the keys, and of a sequence's parts together.
 
-    b sequences   x parts   n keys of a part, in pieces   r rows: queries times heads_per_key   h key heads
+    b sequences   x parts   n keys of a part, in pieces   m queries   h key heads   g query heads for each   r = (m, g)
 
-Inductor makes loops of it that read k and v as fast as memory gives them, because
+Inductor makes loops of them that read k and v as fast as memory gives them, because
 
 - sums of their own, for each row r and for each slice of v's head_dim, become one loop, which loads a key or a value
   once for all of them, and all of a head's values together;
 - shapes that decide how a loop looks are fixed: rows, head_dims. Others are symbolic;
-- parts are found by an index on overlapping windows of memory, so that rows within a part are plain strides.
+- queries and parts are found by an index on windows of memory, which overlap, so that rows within a part are plain
+  strides.
 
-Whole parts have no mask but the score program's. The last one of a sequence has, and what lies where it has no key is
-never multiplied: a page's unused memory may hold anything, NaN too.
+What lies where a part has no key is never multiplied: it may be anything, NaN too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,10 +54,46 @@ def slices(head_dim: int, rows: int, dtype: torch.dtype) -> int:
     )
 
 
-def compiled(features: Features, rows: int, heads_per_key: int, head_dims: tuple[int, int]) -> Compiled | None:
-    """queries (batch, r, h, head_dim), windows of k (., piece, h, head_dim) and v (., piece, h, slices, .), Parts and
-    numbers -> out (b, h, r, slices, .) and lse (b, h, r); None: it cannot be compiled. head_dims: q's and v's."""
-    dtype, count = features.product_dtype, slices(head_dims[1], rows, features.product_dtype)
+class Shape(NamedTuple):
+    """What is fixed in the code of a step. head_dims: q's and v's."""
+
+    features: Features
+    queries: int
+    heads_per_key: int
+    head_dims: tuple[int, int]
+
+    @property
+    def rows(self) -> int:
+        return self.queries * self.heads_per_key
+
+
+Attended = tuple[Tensor, Tensor, Tensor]
+
+
+def decoding(shape: Shape) -> Compiled | None:
+    """queries (batch, m, h, g, head_dim) in the arithmetic's dtype, windows of k (., piece, h, head_dim) and v
+    (., piece, h, slices, .), Parts and numbers -> out (b, h, r, slices, .) and lse (b, h, r); None: no compiler."""
+    x, b = ("x",), ("b",)
+    tables = (*x, "pieces"), x, x, b, b, ("s",), (*b, "pieces"), b, b, b, b
+    return _compiled(decode, shape, shape.features.dtype, tables, "decoding")
+
+
+def alone(shape: Shape) -> Compiled | None:
+    """For sequences of one part each. Windows of queries (., m, h, g, head_dim), k and v, tables (batch,) of windows of
+    queries, of windows of keys, and of the rows of these that are keys, start and stop, and numbers -> out
+    (batch, m, h, g, slices, .) and lse (batch, m, h, g); None: no compiler."""
+    return _compiled(attend_alone, shape, shape.features.product_dtype, (("batch",),) * 4, "short sequences")
+
+
+def _compiled(
+    step: Callable[..., tuple[Tensor, ...]],
+    shape: Shape,
+    query_dtype: torch.dtype,
+    tables: tuple[tuple[str, ...], ...],
+    what: str,
+) -> Compiled | None:
+    features, head_dims = shape.features, shape.head_dims
+    dtype, count = features.product_dtype, slices(head_dims[1], shape.rows, features.product_dtype)
 
     def examples(size: Size) -> list[Tensor]:
         piece, h = size("piece", 64), size("h", 5)
@@ -67,24 +103,39 @@ def compiled(features: Features, rows: int, heads_per_key: int, head_dims: tuple
             last = torch.empty(inner, dtype=dtype).stride()
             return torch.empty_strided((size(f"{name} rows", 9973), piece, h, *inner), (*strides, *last), dtype=dtype)
 
-        queries = torch.empty((size("batch", 5), rows, h, head_dims[0]), dtype=features.dtype)
-        x, b = ("x",), ("b",)
-        shapes = (*x, "pieces"), x, x, b, b, ("s",), (*b, "pieces"), b, b, b, b
-        parts = [example(size, *shape, dtype=torch.int64) for shape in shapes]
-        v = windows("v", count, head_dims[1] // count)
-        return [queries, windows("k", head_dims[0]), v, *parts, *example_numbers(size, features)]
+        strides = [size(f"q {n}", typical) for n, typical in enumerate((1 << 11, 1 << 11, 1 << 9, 1 << 7))]
+        sizes = size("q rows", 9941), shape.queries, h, shape.heads_per_key, head_dims[0]
+        queries = torch.empty_strided(sizes, (*strides, 1), dtype=query_dtype)
+        k, v = windows("k", head_dims[0]), windows("v", count, head_dims[1] // count)
+        indices = [example(size, *table, dtype=torch.int64) for table in tables]
+        return [queries, k, v, *indices, *example_numbers(size, features)]
 
-    key = "decoding", features, rows, heads_per_key, head_dims
-    function = functools.partial(decode, features, heads_per_key)
-    return inductor.compiled(key, function, examples, f"decoding ({features.words})", **CONFIG)
+    function = functools.partial(step, shape)
+    return inductor.compiled((what, shape), function, examples, f"{what} ({features.words})", **CONFIG)
 
 
-def decode(features: Features, heads_per_key: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """What `compiled` compiles."""
+def attend_alone(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """What `alone` compiles."""
+    queries, k, v, query, row, start, stop, *rest = tensors
+    program, _ = rebuilt(shape.features, iter(rest))
+    owner = torch.arange(query.shape[0])
+    out, total, top = _attended(shape, program, queries, k, v, query, row[:, None], owner, -start, (start, stop))
+    lse = (top + total.log()).unflatten(1, (shape.queries, -1)).transpose(-1, -2).contiguous()
+    divisor = torch.where(total == 0.0, 1.0, total).transpose(-1, -2)[..., None, None]
+    out = (out / divisor).to(shape.features.product_dtype).unflatten(2, (shape.queries, -1))
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def decode(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """What `decoding` compiles."""
+    features = shape.features
     queries, k, v, *rest = tensors
     parts = Parts(*rest[: len(Parts._fields)])
     program, _ = rebuilt(features, iter(rest[len(Parts._fields) :]))
-    attended = functools.partial(_attended, features, heads_per_key, program, queries, k, v)
+
+    def attended(row: Tensor, owner: Tensor, key: Tensor, existing: tuple[Tensor, Tensor] | None) -> Attended:
+        return _attended(shape, program, queries, k, v, owner, row, owner, key, existing)
+
     out, total, top = attended(parts.row, parts.owner, parts.key, None)
     existing = parts.last_start, parts.last_stop
     last_out, last_total, last_top = attended(parts.last_row, parts.last_owner, parts.last_key, existing)
@@ -106,23 +157,29 @@ def decode(features: Features, heads_per_key: int, *tensors: Tensor) -> tuple[Te
 
 
 def _attended(
-    features: Features,
-    heads_per_key: int,
+    shape: Shape,
     program: ScoreProgram,
     queries: Tensor,
     k: Tensor,
     v: Tensor,
+    query: Tensor,
     row: Tensor,
     owner: Tensor,
     key: Tensor,
     existing: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Attended:
     """-> of every part: values weighted by exp(score - maximum) (x, h, r, slices, .), the sum of these weights, and the
-    maximum (x, r, h). existing: the rows of it that are keys; None: all."""
-    rows, dtype = queries.shape[1], features.dtype
+    maximum (x, r, h). query, row: windows of queries, and of keys, (x, pieces). owner, key: the program's batch index,
+    and the number of the first key. existing: the rows of it that are keys; None: all."""
+    features, rows, heads_per_key = shape.features, shape.rows, shape.heads_per_key
+    dtype = features.dtype
     keys = _rows_of(k, [row]).to(dtype)  # x pieces piece h head_dim
-    products = [(_rows_of(queries[:, r], [owner])[:, None, None] * keys).sum(-1) for r in range(rows)]
-    scores = torch.stack(products, 3)  # x pieces piece r h
+
+    def product(r: int) -> Tensor:
+        m, g = divmod(r, heads_per_key)
+        return (_rows_of(queries[:, m, :, g], [query]).to(dtype)[:, None, None] * keys).sum(-1)
+
+    scores = torch.stack([product(r) for r in range(rows)], 3)  # x pieces piece r h
     _, pieces, piece, _, h = scores.shape
 
     number = torch.arange(pieces * piece, dtype=torch.int32).view(pieces, piece, 1, 1)

@@ -1,0 +1,139 @@
+"""Many short packed sequences, forward: a few of a sequence's queries on all of its keys, many sequences at a time.
+
+Their products are small: thousands of calls of a matrix product take three times as long as their arithmetic would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....inductor import Compiled
+from ....problem import Packed, Problem
+from ....scores import Window
+from .. import inductor
+from ..features import Features, numbers
+from . import step
+from .parts import Rows
+from .plans import SCORES
+
+LONGEST = 96  # keys of a sequence
+ROWS = 4  # queries times heads_per_key that share a key, if heads_per_key allows
+MANY_ROWS = 16  # query heads for each key head, beyond which products are faster
+MULTIPLE = 8  # keys: sequences run together whose lengths round up to the same
+PLANS = 8  # kept
+
+_plans: dict[object, Plan] = {}
+
+Results = tuple[Tensor, Tensor]
+
+
+class Group(NamedTuple):
+    """Blocks of queries that run together: tables of `step.alone`, (blocks,), and where its results belong."""
+
+    piece: int  # keys
+    tables: list[Tensor]
+    numbers: list[Tensor]
+    rows: Tensor  # (blocks * queries,), of out; the one after its last for those of nobody
+
+
+class Plan(NamedTuple):
+    """What calls with these lengths share."""
+
+    run: Compiled
+    queries: int
+    groups: list[Group]
+
+
+def pays(problem: Problem) -> bool:
+    """Is this a call for `forward`, as far as one can tell at a glance?"""
+    q, packed = problem.q, problem.packed
+    if packed is None or packed.block_table is not None or packed.max_seqlen_k > LONGEST or q.device.type != "cpu":
+        return False
+    if problem.dropout_seed is not None or problem.alibi_slopes is not None or not (q.numel() and problem.v.numel()):
+        return False
+    return q.shape[-2] // problem.k.shape[-2] <= MANY_ROWS
+
+
+def forward(problem: Problem) -> Results | None:
+    """-> out and lse, as the engine's; None: it is for tiles, after all, or there is no compiler."""
+    q, packed = problem.q, problem.packed
+    q_rows, k, v = Rows.of(q), Rows.of(problem.k), Rows.of(problem.v)
+    if packed is None or q_rows is None or k is None or v is None:
+        return None
+    plan = _plan(problem, packed)
+    if plan is None:
+        return None
+    (total, nheads, _), (nheads_k, head_dim_v) = q.shape, problem.v.shape[-2:]
+    heads_per_key = nheads // nheads_k
+    queries = q_rows.windows(plan.queries).unflatten(2, (nheads_k, heads_per_key))
+    slices = step.slices(head_dim_v, plan.queries * heads_per_key, q.dtype)
+    out = q.new_empty(total + 1, nheads, head_dim_v)
+    lse = q.new_empty(total + 1, nheads, dtype=problem.lse_dtype)
+    for group in plan.groups:
+        windows = k.windows(group.piece), v.windows(group.piece, slices)
+        some_out, some_lse = plan.run([queries, *windows, *group.tables, *group.numbers])
+        out.index_copy_(0, group.rows, some_out.view(-1, nheads, head_dim_v))
+        lse.index_copy_(0, group.rows, some_lse.view(-1, nheads))
+    return out[:total], lse[:total].mT.contiguous()
+
+
+def _plan(problem: Problem, packed: Packed) -> Plan | None:
+    """None: there is no compiler, or memory holds less than a window."""
+    q, k = problem.q, problem.k
+    sums = tuple(packed.cu_seqlens_q.tolist()), tuple(packed.cu_seqlens_k.tolist())
+    program = problem.softmax_scale, problem.softcap, problem.window
+    key = inductor.why_not(), *sums, q.shape[1:], problem.v.shape[1:], q.dtype, *program
+    found = _plans.get(key)
+    if found is not None:
+        return found
+    heads_per_key = q.shape[-2] // k.shape[-2]
+    queries = max(1, ROWS // heads_per_key)
+    longest = max(stop - start for start, stop in pairwise(sums[1]))
+    if q.shape[0] < queries or k.shape[0] < _rounded(longest):
+        return None
+    masked = problem.window.in_force(packed.max_seqlen_q, longest) != Window()
+    features = Features.of(problem.program(0, 0), masked, problem.lse_dtype, q.dtype)
+    run = step.alone(step.Shape(features, queries, heads_per_key, (q.shape[-1], problem.v.shape[-1])))
+    if run is None:
+        return None
+    if len(_plans) >= PLANS:
+        _plans.clear()
+    plan = _plans[key] = Plan(run, queries, list(_groups(problem, packed, queries, features)))
+    return plan
+
+
+def _rounded(length: int) -> int:
+    return max(1, -(-length // MULTIPLE)) * MULTIPLE
+
+
+def _groups(problem: Problem, packed: Packed, queries: int, features: Features) -> Iterator[Group]:
+    total_q, nheads, _ = problem.q.shape
+    first_q, first_k = packed.cu_seqlens_q[:-1].long(), packed.cu_seqlens_k[:-1].long()
+    lengths_q, lengths_k = packed.cu_seqlens_q.diff().long(), packed.cu_seqlens_k.diff().long()
+    pieces = torch.tensor([_rounded(length) for length in lengths_k.tolist()], device=lengths_k.device)
+    for piece in pieces.unique().tolist():
+        members = ((pieces == piece) & (lengths_q > 0)).nonzero()[:, 0]
+        blocks = -(-lengths_q[members] // queries)
+        owner = members.repeat_interleave(blocks)
+        before = (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
+        number = (torch.arange(len(owner), device=owner.device) - before) * queries
+        # Windows lie within memory, and begin earlier where that ends.
+        query = (first_q[owner] + number).clamp(max=total_q - queries)
+        row = first_k[owner].clamp(max=problem.k.shape[0] - piece)
+        start = first_k[owner] - row
+        in_window = query[:, None] + torch.arange(queries, device=query.device)
+        mine = (in_window >= (first_q[owner] + number)[:, None]) & (in_window < (first_q + lengths_q)[owner, None])
+        rows = in_window.where(mine, total_q)
+        # The program counts queries from the window's first: so many are left from there, which lines up the last ones.
+        seqlen_q, seqlen_k = ((first_q + lengths_q)[owner] - query).int(), lengths_k[owner].int()
+        at_once = max(1, SCORES // (features.dtype.itemsize * piece * queries * nheads))
+        for first in range(0, len(owner), at_once):
+            some = slice(first, first + at_once)
+            program = problem.program(seqlen_q[some], seqlen_k[some])
+            tables = [query[some], row[some], start[some], (start + lengths_k[owner])[some]]
+            yield Group(piece, tables, numbers(program, 0, 1.0, features.dtype), rows[some].flatten())
