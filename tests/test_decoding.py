@@ -23,6 +23,7 @@ def shrink(patch):
     """Parts of 8 keys, of 16 in caches of 64 and more; few scores at once; eager."""
     for module, name, value in (
         (decoding, "KEYS", 1),
+        (decoding, "ELEMENTS", 1),
         (plans, "SCORES", 1 << 10),
         (parts, "PART", 8),
         (parts, "LONG_PART", 16),
@@ -148,7 +149,7 @@ def test_who_decodes():
     assert served(600) == served(40, batch=99) == served(1024, 16) == "aten"
     assert served(128, dtype=torch.bfloat16) == served(128, dtype=torch.float16) == "step of tiled"
     assert served(100, dtype=torch.bfloat16) == "aten"
-    assert served(100, softcap=1.0) == "step of tiled"
+    assert served(100, batch=4, softcap=1.0) == "step of tiled"
     assert served(60, softcap=1.0) == served(5000, 4, 128) == "tiled"
 
 

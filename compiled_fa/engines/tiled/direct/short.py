@@ -22,6 +22,7 @@ from .parts import Rows
 from .plans import SCORES
 
 LONGEST = 96  # keys of a sequence
+ELEMENTS = 1 << 18  # of q, from which it pays to compile code for these heads and head_dims
 ROWS = 4  # queries times heads_per_key that share a key, if heads_per_key allows
 MANY_ROWS = 16  # query heads for each key head, beyond which products are faster
 MULTIPLE = 8  # keys: sequences run together whose lengths round up to the same
@@ -54,9 +55,9 @@ def pays(problem: Problem) -> bool:
     q, packed = problem.q, problem.packed
     if packed is None or packed.block_table is not None or packed.max_seqlen_k > LONGEST or q.device.type != "cpu":
         return False
-    if problem.dropout_seed is not None or problem.alibi_slopes is not None or not (q.numel() and problem.v.numel()):
+    if problem.dropout_seed is not None or problem.alibi_slopes is not None or not problem.v.numel():
         return False
-    return q.shape[-2] // problem.k.shape[-2] <= MANY_ROWS
+    return q.numel() >= ELEMENTS and q.shape[-2] // problem.k.shape[-2] <= MANY_ROWS
 
 
 def forward(problem: Problem) -> Results | None:
@@ -94,7 +95,7 @@ def _plan(problem: Problem, packed: Packed) -> Plan | None:
     heads_per_key = q.shape[-2] // k.shape[-2]
     queries = max(1, ROWS // heads_per_key)
     longest = max(stop - start for start, stop in pairwise(sums[1]))
-    if q.shape[0] < queries or k.shape[0] < _rounded(longest):
+    if q.shape[0] < queries or k.shape[0] < longest + MULTIPLE:
         return None
     masked = problem.window.in_force(packed.max_seqlen_q, longest) != Window()
     features = Features.of(problem.program(0, 0), masked, problem.lse_dtype, q.dtype)
@@ -107,33 +108,30 @@ def _plan(problem: Problem, packed: Packed) -> Plan | None:
     return plan
 
 
-def _rounded(length: int) -> int:
-    return max(1, -(-length // MULTIPLE)) * MULTIPLE
-
-
 def _groups(problem: Problem, packed: Packed, queries: int, features: Features) -> Iterator[Group]:
     total_q, nheads, _ = problem.q.shape
     first_q, first_k = packed.cu_seqlens_q[:-1].long(), packed.cu_seqlens_k[:-1].long()
     lengths_q, lengths_k = packed.cu_seqlens_q.diff().long(), packed.cu_seqlens_k.diff().long()
-    pieces = torch.tensor([_rounded(length) for length in lengths_k.tolist()], device=lengths_k.device)
+    blocks = -(-lengths_q // queries)
+    owner = torch.arange(len(blocks), device=blocks.device).repeat_interleave(blocks)
+    number = (torch.arange(len(owner), device=owner.device) - (blocks.cumsum(0) - blocks)[owner]) * queries
+    position = number + (lengths_k - lengths_q)[owner]
+    _, seen = problem.window.keys_seen_by_any(position, position + queries - 1, lengths_k[owner])
+    seen = seen.clamp(min=0)  # keys of a block's sequence, up to the last that it sees
+    pieces = seen.clamp(min=1).add(MULTIPLE - 1) // MULTIPLE * MULTIPLE
     for piece in pieces.unique().tolist():
-        members = ((pieces == piece) & (lengths_q > 0)).nonzero()[:, 0]
-        blocks = -(-lengths_q[members] // queries)
-        owner = members.repeat_interleave(blocks)
-        before = (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
-        number = (torch.arange(len(owner), device=owner.device) - before) * queries
-        # Windows lie within memory, and begin earlier where that ends.
-        query = (first_q[owner] + number).clamp(max=total_q - queries)
-        row = first_k[owner].clamp(max=problem.k.shape[0] - piece)
-        start = first_k[owner] - row
-        in_window = query[:, None] + torch.arange(queries, device=query.device)
-        mine = (in_window >= (first_q[owner] + number)[:, None]) & (in_window < (first_q + lengths_q)[owner, None])
-        rows = in_window.where(mine, total_q)
-        # The program counts queries from the window's first: so many are left from there, which lines up the last ones.
-        seqlen_q, seqlen_k = ((first_q + lengths_q)[owner] - query).int(), lengths_k[owner].int()
+        members = (pieces == piece).nonzero()[:, 0]
         at_once = max(1, SCORES // (features.dtype.itemsize * piece * queries * nheads))
-        for first in range(0, len(owner), at_once):
-            some = slice(first, first + at_once)
-            program = problem.program(seqlen_q[some], seqlen_k[some])
-            tables = [query[some], row[some], start[some], (start + lengths_k[owner])[some]]
-            yield Group(piece, tables, numbers(program, 0, 1.0, features.dtype), rows[some].flatten())
+        for some in members.split(at_once):
+            of = owner[some]
+            # Windows lie within memory, and begin earlier where that ends.
+            first = first_q[of] + number[some]
+            query = first.clamp(max=total_q - queries)
+            row = first_k[of].clamp(max=problem.k.shape[0] - piece)
+            start = first_k[of] - row
+            in_window, end = query[:, None] + torch.arange(queries, device=query.device), (first_q + lengths_q)[of]
+            mine = (in_window >= first[:, None]) & (in_window < end[:, None])
+            # The program counts queries from the window's first: so many are left, which lines up the last ones.
+            program = problem.program((end - query).int(), lengths_k[of].int())
+            rows = in_window.where(mine, total_q).flatten()
+            yield Group(piece, [query, row, start, start + seen[some]], numbers(program, 0, 1.0, features.dtype), rows)
