@@ -26,7 +26,7 @@ ELEMENTS = 1 << 18  # of q, from which it pays to compile code for these heads a
 ROWS = 4  # queries times heads_per_key that share a key, if heads_per_key allows
 MANY_ROWS = 16  # query heads for each key head, beyond which products are faster
 MULTIPLE = 16  # keys: blocks run together that see as many, rounded up; finer, a sequence would be read more often
-PLANS = 8  # kept
+PLANS = 4  # kept
 
 _plans: dict[object, Plan] = {}
 
