@@ -5,14 +5,17 @@ of a torch.compile'd function (20 µs) would cost more than small tiles do, and 
 recompile limits of the model that calls us. So a graph is traced once with symbolic sizes and handed to Inductor
 itself.
 
-Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs; its check for bfloat16; the counters of
-torch._dynamo.utils, without which nobody is told why they wait for less than two seconds. Tried with torch 2.13.0.
+Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs; its check for bfloat16;
+torch._inductor.cpp_builder.get_cpp_compiler; the counters of torch._dynamo.utils, without which nobody is told why they
+wait for less than two seconds. Tried with torch 2.13.0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +43,27 @@ def say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         log.warning("compiled_fa: %s", message)
+
+
+def why_not() -> str | None:
+    """Why the tiled engine's steps run eagerly on a CPU; None: they are compiled."""
+    if os.environ.get("COMPILED_FA_COMPILE", "1") == "0":
+        return "COMPILED_FA_COMPILE=0: the tiled engine runs its steps eagerly, several times slower"
+    if compiler() is None:
+        return "no C++ compiler (set CXX, or install g++ or clang++): the tiled engine runs its steps eagerly, slower"
+    return None
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler that Inductor would use, as the path or name it knows it by."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return None
 
 
 def compiled_graph(

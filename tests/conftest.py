@@ -23,7 +23,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture
 def compiled_steps(monkeypatch):
     """Steps compiled by Inductor, as users have them."""
-    from compiled_fa.engines.tiled import inductor
+    from compiled_fa import inductor
 
     monkeypatch.setenv("COMPILED_FA_COMPILE", "1")
     if reason := inductor.why_not():

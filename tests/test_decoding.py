@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import DTYPES, WINDOW_SIDE, Case, check_against_float64, make
 
+from compiled_fa import untiled
 from compiled_fa.engines import choose, tiled
 from compiled_fa.engines.tiled.direct import decoding, parts, plans, step
 from compiled_fa.problem import Packed, Problem
@@ -22,8 +23,8 @@ def eagerly(shape):
 def shrink(patch):
     """Parts of 8 keys, of 16 in caches of 64 and more; few scores at once; eager."""
     for module, name, value in (
-        (decoding, "KEYS", 1),
-        (decoding, "ELEMENTS", 1),
+        (untiled, "DECODING_KEYS", 1),
+        (untiled, "DECODING_ELEMENTS", 1),
         (plans, "SCORES", 1 << 10),
         (parts, "PART", 8),
         (parts, "LONG_PART", 16),
@@ -136,7 +137,7 @@ def test_keys_outside_the_window_are_not_read(small_parts):
     assert torch.allclose(lse, expected_lse, atol=1e-6)
 
 
-def test_who_decodes():
+def test_who_decodes(compiled_steps, monkeypatch):
     """Long caches, and many, in any layout: the tiled engine by the step. Others: aten. Many queries: tiles."""
 
     def served(keys, queries=1, nheads=8, batch=2, dtype=torch.float32, **options):
@@ -151,6 +152,8 @@ def test_who_decodes():
     assert served(100, dtype=torch.bfloat16) == "aten"
     assert served(100, batch=4, softcap=1.0) == "step of tiled"
     assert served(60, softcap=1.0) == served(5000, 4, 128) == "tiled"
+    monkeypatch.setenv("COMPILED_FA_COMPILE", "0")  # tiles run eagerly then, slower than aten
+    assert served(1024) == "aten"
 
 
 def test_sequences_of_unequal_queries_are_for_tiles(small_parts):

@@ -8,8 +8,7 @@ import sys
 
 import torch
 
-from .. import engines
-from ..engines.tiled import inductor
+from .. import engines, inductor
 
 
 def _version(package: str) -> str:

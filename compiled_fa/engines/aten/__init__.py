@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import inductor, untiled
 from ...hardware import fast_bfloat16
 from ...inductor import say_once
 from ...problem import Direction, Problem
@@ -23,10 +24,6 @@ __all__ = ["backward", "forward", "slower", "why_not"]
 
 FEW = 256  # tokens up to which nothing beats a single call
 FEW_QUERIES, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster
-# Where the tiled engine needs no tiles (engines/tiled/direct). Decoding: queries times heads_per_key, keys of a
-# sequence, and elements of all keys, in half precision and else. Short sequences: keys of the longest, elements of q.
-DECODING_ROWS, DECODING_KEYS, DECODING_HALF, DECODING = 16, 64, 1 << 16, 1 << 20
-SHORT, MANY_SHORT = 96, 1 << 18
 
 EVERYTHING, CAUSAL = Window(), Window(right=0)
 
@@ -61,10 +58,20 @@ def slower(problem: Problem, direction: Direction) -> bool:
     seqlen_q, seqlen_k = q.shape[-3] // sequences, k.shape[-3] // sequences  # on average
     if direction == "backward":
         return half or (seqlen_q > FEW and problem.window_in_force != EVERYTHING)
-    if seqlen_q * q.shape[-2] <= DECODING_ROWS * k.shape[-2] and seqlen_k >= DECODING_KEYS:
-        enough = DECODING_HALF if q.dtype.itemsize < 4 else DECODING if seqlen_k < 1024 else DECODING // 2
+    if _needs_no_tiles(problem, seqlen_q, seqlen_k) and inductor.why_not() is None:
+        return True
+    return seqlen_k >= FEW if half else seqlen_k >= MANY and seqlen_q <= FEW_QUERIES
+
+
+def _needs_no_tiles(problem: Problem, seqlen_q: int, seqlen_k: int) -> bool:
+    """Is it faster without tiles (untiled.py) than by this engine's kernel? Lengths are averages."""
+    q, k, packed = problem.q, problem.k, problem.packed
+    if untiled.rows(problem, seqlen_q) <= untiled.ROWS and seqlen_k >= untiled.DECODING_KEYS:
+        enough = untiled.DECODING_ELEMENTS
+        if q.dtype.itemsize >= 4:
+            enough = untiled.DECODING_ELEMENTS_FP32 // (2 if seqlen_k >= untiled.DECODING_LONG else 1)
         if k.numel() >= enough:
             return True
-    if packed is not None and packed.max_seqlen_k <= SHORT and q.shape[-2] <= DECODING_ROWS * k.shape[-2]:
-        return q.numel() >= MANY_SHORT
-    return seqlen_k >= FEW if half else seqlen_k >= MANY and seqlen_q <= FEW_QUERIES
+    if packed is None or packed.max_seqlen_k > untiled.SHORT_KEYS or untiled.rows(problem, 1) > untiled.ROWS:
+        return False
+    return q.numel() >= untiled.SHORT_ELEMENTS

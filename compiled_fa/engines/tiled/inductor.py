@@ -3,14 +3,11 @@
 One piece of machine code serves all shapes and all numbers: scale, softcap, window, ... travel as tensors. Where
 Inductor fails or has no C++ compiler, and with COMPILED_FA_COMPILE=0, steps run eagerly, and a warning says so once.
 
-Private API: torch._inductor.cpp_builder.get_cpp_compiler, tried with torch 2.13.0; the rest is in
-compiled_fa/inductor.py.
+Private API is in compiled_fa/inductor.py.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +16,7 @@ from torch import Tensor
 from torch.func import functionalize
 
 from ... import inductor
-from ...inductor import Compiled, Size, say_once
+from ...inductor import Compiled, Size, say_once, why_not
 from .fast_math import DECOMPOSITIONS
 
 Step = Callable[..., None]
@@ -34,27 +31,6 @@ _CONFIG: dict[str, Any] = {
 }
 
 _failed: set[object] = set()
-
-
-def why_not() -> str | None:
-    """Why steps run eagerly; None: they are compiled."""
-    if os.environ.get("COMPILED_FA_COMPILE", "1") == "0":
-        return "COMPILED_FA_COMPILE=0: the tiled engine runs its steps eagerly, several times slower"
-    if compiler() is None:
-        return "no C++ compiler (set CXX, or install g++ or clang++): the tiled engine runs its steps eagerly, slower"
-    return None
-
-
-@functools.cache
-def compiler() -> str | None:
-    """The C++ compiler that Inductor would use, as the path or name it knows it by."""
-    from torch._inductor import exc
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        return get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        return None
 
 
 def example(size: Size, *shape: str, dtype: torch.dtype, of_larger: bool = False) -> Tensor:

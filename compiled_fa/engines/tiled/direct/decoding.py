@@ -11,14 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .... import untiled
 from ....problem import Problem
 from . import step
 from .parts import Rows, located
 from .plans import plan
-
-KEYS = 64  # of the longest sequence, from which it pays
-ELEMENTS = 1 << 16  # of all keys, from which it pays to compile code for these heads and head_dims
-MANY_ROWS = 16  # queries times heads_per_key, beyond which it does not
 
 Results = tuple[Tensor, Tensor]
 
@@ -29,8 +26,8 @@ def pays(problem: Problem) -> bool:
     if q.device.type != "cpu" or problem.dropout_seed is not None or not (q.numel() and problem.v.numel()):
         return False
     seqlen_q, seqlen_k = (q.shape[1], k.shape[1]) if packed is None else (packed.max_seqlen_q, packed.max_seqlen_k)
-    few = max(1, seqlen_q) * q.shape[-2] // k.shape[-2] <= MANY_ROWS
-    return few and seqlen_k >= KEYS and k.numel() >= ELEMENTS
+    few = untiled.rows(problem, max(1, seqlen_q)) <= untiled.ROWS
+    return few and seqlen_k >= untiled.DECODING_KEYS and k.numel() >= untiled.DECODING_ELEMENTS
 
 
 def forward(problem: Problem) -> Results | None:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .... import inductor
 from ....inductor import Compiled
 from ....problem import Problem
 from ....scores import Window
-from .. import inductor
 from ..features import Features, numbers
 from . import step
 from .parts import Cut, Parts, Rows, cut, located, sizes

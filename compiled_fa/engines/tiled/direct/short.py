@@ -1,6 +1,6 @@
 """Many short packed sequences, forward: a few of a sequence's queries on all of its keys, many sequences at a time.
 
-Their products are small: thousands of calls of a matrix product take three times as long as their arithmetic would.
+Their products are small: thousands of matrix products are mostly calls (bench/NOTES.md).
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .... import inductor, untiled
 from ....inductor import Compiled
 from ....problem import Packed, Problem
 from ....scores import Window
-from .. import inductor
 from ..features import Features, numbers
 from . import step
 from .parts import Rows
 from .plans import SCORES
 
-LONGEST = 96  # keys of a sequence
-ELEMENTS = 1 << 18  # of q, from which it pays to compile code for these heads and head_dims
 ROWS = 4  # queries times heads_per_key that share a key, if heads_per_key allows
-MANY_ROWS = 16  # query heads for each key head, beyond which products are faster
 MULTIPLE = 16  # keys: blocks run together that see as many, rounded up; finer, a sequence would be read more often
 PLANS = 4  # kept
 
@@ -53,11 +50,13 @@ class Plan(NamedTuple):
 def pays(problem: Problem) -> bool:
     """Is this a call for `forward`, as far as one can tell at a glance?"""
     q, packed = problem.q, problem.packed
-    if packed is None or packed.block_table is not None or packed.max_seqlen_k > LONGEST or q.device.type != "cpu":
+    if q.device.type != "cpu" or packed is None or packed.block_table is not None:
         return False
     if problem.dropout_seed is not None or problem.alibi_slopes is not None or not problem.v.numel():
         return False
-    return q.numel() >= ELEMENTS and q.shape[-2] // problem.k.shape[-2] <= MANY_ROWS
+    if q.numel() < untiled.SHORT_ELEMENTS or packed.max_seqlen_k > untiled.SHORT_KEYS:
+        return False
+    return untiled.rows(problem, 1) <= untiled.ROWS
 
 
 def forward(problem: Problem) -> Results | None:
@@ -95,7 +94,7 @@ def _plan(problem: Problem, packed: Packed) -> Plan | None:
     heads_per_key = q.shape[-2] // k.shape[-2]
     queries = max(1, ROWS // heads_per_key)
     longest = max(stop - start for start, stop in pairwise(sums[1]))
-    if q.shape[0] < queries or k.shape[0] < longest + MULTIPLE:
+    if q.shape[0] < queries or k.shape[0] < max(MULTIPLE, -(-longest // MULTIPLE) * MULTIPLE):
         return None
     masked = problem.window.in_force(packed.max_seqlen_q, longest) != Window()
     features = Features.of(problem.program(0, 0), masked, problem.lse_dtype, q.dtype)

@@ -2,7 +2,7 @@
 
     b sequences   x parts   n keys of a part, in pieces   m queries   h key heads   g query heads for each   r = (m, g)
 
-Inductor makes loops of them that read k and v as fast as memory gives them, because
+Inductor makes loops of them that read k and v about as fast as memory gives them (bench/NOTES.md), because
 
 - sums of their own, for each row r and for each slice of v's head_dim, become one loop, which loads a key or a value
   once for all of them, and all of a head's values together;
@@ -11,6 +11,9 @@ Inductor makes loops of them that read k and v as fast as memory gives them, bec
   strides.
 
 What lies where a part has no key is never multiplied: it may be anything, NaN too.
+
+Private API: Inductor's config in CONFIG and aten::_unsafe_index, tried with torch 2.13.0; where they are missing, the
+compilation fails, a warning says so once, and tiles serve.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ CONFIG: dict[str, Any] = {
     "cpp.enable_floating_point_contract_flag": "fast",
 }
 
-_rows_of: Callable[[Tensor, list[Tensor]], Tensor] = torch.ops.aten._unsafe_index.Tensor
+
+def _rows_of(x: Tensor, indices: list[Tensor]) -> Tensor:
+    rows: Tensor = torch.ops.aten._unsafe_index.Tensor(x, indices)
+    return rows
 
 
 def slices(head_dim: int, rows: int, dtype: torch.dtype) -> int:
