@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...memory import new_empty
 from ...problem import Problem
 from .groups import groups
 from .kernel import Gradients, attend, differentiate
@@ -14,7 +15,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
     if packed is None:
         return attend(problem, q, k, v)
-    out = q.new_empty(q.shape)
+    out = new_empty(q, q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=problem.lse_dtype)
     for queries, keys in groups(packed):
         some_out, some_lse = attend(problem, queries.take(q), keys.take(k), keys.take(v))
@@ -28,7 +29,7 @@ def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Ten
     q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
     if packed is None:
         return differentiate(problem, (q, dout, out), (k, v), lse, dlse)
-    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    gradients = new_empty(q, q.shape), new_empty(k, k.shape), new_empty(v, v.shape)
     for queries, keys in groups(packed):
         of_queries = queries.take(q), queries.take(dout), queries.take(out)
         some_dlse = None if dlse is None else queries.take(dlse.mT).mT

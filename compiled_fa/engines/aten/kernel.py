@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...memory import new_empty
 from ...problem import Problem
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -84,7 +85,7 @@ def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
     if q.dtype != torch.float16:
         return _attend_by_parts(problem, q, k, v)
     # In fp16 the kernel takes twice the time that it takes in fp32.
-    out = q.new_empty(q.shape)
+    out = new_empty(q, q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=problem.lse_dtype)
     for sequences, heads, heads_k in _pieces(q, k):
         queries, keys = (sequences, slice(None), heads), (sequences, slice(None), heads_k)
@@ -125,7 +126,7 @@ def differentiate(
     q, k = of_queries[0], of_keys[0]
     if q.dtype != torch.float16 and dlse is None:
         return _differentiate_by_parts(problem, of_queries, of_keys, lse)
-    gradients = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
+    gradients = new_empty(q, q.shape), new_empty(k, k.shape), new_empty(k, k.shape)
     for sequences, heads, heads_k in _pieces(q, k):
         queries, keys = (sequences, slice(None), heads), (sequences, slice(None), heads_k)
         wide = problem.lse_dtype

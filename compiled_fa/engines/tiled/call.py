@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...memory import new_empty
 from ...problem import Direction, Problem
 from ...scores import Window
 from . import chunks as chunking
@@ -114,8 +115,8 @@ class Call:
 
     def results(self, shape: Sequence[int]) -> Tensor:
         """out or a gradient, to be stored into: zeros where a sequence without queries or keys leaves rows alone."""
-        q = self.problem.q
-        return q.new_zeros(shape) if any(0 in pair for pair in self._lengths) else q.new_empty(shape)
+        found = new_empty(self.problem.q, shape)
+        return found.zero_() if any(0 in pair for pair in self._lengths) else found
 
     def as_rows(self, per_row: Tensor) -> Tensor:
         """lse or its gradient, (B, H, Sq) or (H, T), as a tensor of rows like q with one column."""

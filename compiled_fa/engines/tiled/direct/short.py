@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .... import inductor, untiled
 from ....inductor import Compiled
+from ....memory import new_empty
 from ....problem import Packed, Problem
 from ....scores import Window
 from ..features import Features, numbers
@@ -72,7 +73,7 @@ def forward(problem: Problem) -> Results | None:
     heads_per_key = nheads // nheads_k
     queries = q_rows.windows(plan.queries).unflatten(2, (nheads_k, heads_per_key))
     slices = step.slices(head_dim_v, plan.queries * heads_per_key, q.dtype)
-    out = q.new_empty(total + 1, nheads, head_dim_v)
+    out = new_empty(q, (total + 1, nheads, head_dim_v))
     lse = q.new_empty(total + 1, nheads, dtype=problem.lse_dtype)
     for group in plan.groups:
         windows = k.windows(group.piece), v.windows(group.piece, slices)
