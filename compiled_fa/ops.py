@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import batching, engines, validation
+from . import batching, engines, lowering, validation
 from .problem import Packed, Problem
 
 DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim")
@@ -32,6 +32,8 @@ OPTIONS = (
     "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? dropout_seed=None, str engine='auto'"
 )
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table=None"
+
+STRIDES = (torch.Tag.needs_exact_strides,)  # compiled or not: engines read rows where they lie
 
 MakeProblem = Callable[..., tuple[Problem, str]]
 
@@ -78,7 +80,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         f"{parameters}) -> (Tensor dq, Tensor dk, Tensor dv)"
     )
 
-    @torch.library.custom_op(f"compiled_fa::{name}", mutates_args=(), schema=forward_schema)
+    @torch.library.custom_op(f"compiled_fa::{name}", mutates_args=(), schema=forward_schema, tags=STRIDES)
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem, engine = make_problem(*arguments)
         _check_values(problem)
@@ -87,13 +89,14 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
 
     @forward.register_fake
     def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+        lowering.tell_inductor()
         problem, _ = make_problem(*arguments)
         q, v = problem.q, problem.v
         *leading, seqlen, nheads, _ = q.shape
         lse = q.new_empty((*leading, nheads, seqlen), dtype=problem.lse_dtype)
         return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
-    @torch.library.custom_op(f"compiled_fa::{name}_backward", mutates_args=(), schema=backward_schema)
+    @torch.library.custom_op(f"compiled_fa::{name}_backward", mutates_args=(), schema=backward_schema, tags=STRIDES)
     def backward(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,6 +133,18 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         dq, dk, dv = backward(dout, dlse, out, lse, *arguments)
         return (dq, dk, dv, *nothing)
 
+    def forward_in_graph(*arguments: Any) -> Any:
+        problem, engine = make_problem(*arguments)
+        operators = engines.inlined(engine, problem, "forward")
+        return NotImplemented if operators is None else operators.forward(problem)
+
+    def backward_in_graph(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
+        problem, engine = make_problem(*arguments)
+        operators = engines.inlined(engine, problem, "backward") if dlse is None else None
+        return NotImplemented if operators is None else operators.backward(problem, dout, out, lse)
+
+    lowering.register(forward, forward_in_graph)
+    lowering.register(backward, backward_in_graph)
     forward.register_autograd(differentiate, setup_context=save)
     backward.register_autograd(_double_backward)
     return forward, backward

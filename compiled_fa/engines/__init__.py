@@ -77,6 +77,17 @@ def choose(
     raise RuntimeError("no engine can serve this device: " + "; ".join(refusals))
 
 
+def inlined(name: str, problem: Problem, direction: Direction) -> ModuleType | None:
+    """The engine whose operators may stand in a compiled graph in place of the op; None: the op stays.
+
+    One asked for by name is asked when the op is called.
+    """
+    if name != "auto" or not aten.is_one_call(problem):
+        return None
+    chosen, _ = choose(name, problem.q.device, problem, direction)
+    return aten if chosen == "aten" else None
+
+
 def serving(name: str, problem: Problem, direction: Direction) -> ModuleType:
     """The engine that serves a call. Off the CPU it is said once, and why, when that is not the first choice."""
     device = problem.q.device

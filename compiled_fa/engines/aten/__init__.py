@@ -18,9 +18,9 @@ from ...inductor import say_once
 from ...problem import Direction, Problem
 from ...scores import Window
 from . import kernel
-from .calls import backward, forward
+from .calls import backward, forward, is_one_call
 
-__all__ = ["backward", "forward", "slower", "why_not"]
+__all__ = ["backward", "forward", "is_one_call", "slower", "why_not"]
 
 FEW = 256  # tokens up to which nothing beats a single call
 FEW_QUERIES, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...memory import new_empty
 from ...problem import Problem
 from .groups import groups
-from .kernel import Gradients, attend, differentiate
+from .kernel import Gradients, at_once, attend, differentiate
+
+
+def is_one_call(problem: Problem) -> bool:
+    """Is it one call of the kernel, on tensors as they are, whose sizes are numbers?"""
+    q, k = problem.q, problem.k
+    if problem.packed is not None or q.dtype == torch.float16:
+        return False
+    symbolic = any(isinstance(number, torch.SymInt) for number in (*q.shape, *k.shape, *problem.window))
+    return not symbolic and at_once(problem, q, k)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

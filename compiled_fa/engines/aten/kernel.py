@@ -43,7 +43,7 @@ def _causal(problem: Problem) -> bool:
     return problem.window_in_force.right is not None
 
 
-def _at_once(problem: Problem, q: Tensor, k: Tensor) -> bool:
+def at_once(problem: Problem, q: Tensor, k: Tensor) -> bool:
     """Can the kernel do tensors (B, S, H, D) as they are?"""
     batch, seqlen_q, *_ = q.shape
     seqlen_k = k.shape[1]
@@ -98,7 +98,7 @@ def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
 def _attend_by_parts(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scale = problem.softmax_scale
     queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
-    if _at_once(problem, q, k):
+    if at_once(problem, q, k):
         out, lse = _forward(queries, keys, values, 0.0, _causal(problem), scale=scale)
         return out.transpose(1, 2).contiguous(), lse.contiguous()
     out = q.new_zeros(q.shape)
@@ -152,7 +152,7 @@ def _differentiate_by_parts(
     scale = problem.softmax_scale
     q, dout, out = (_kernels_layout(x) for x in of_queries)
     k, v = (_kernels_layout(x) for x in of_keys)
-    if _at_once(problem, of_queries[0], of_keys[0]):
+    if at_once(problem, of_queries[0], of_keys[0]):
         dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, _causal(problem), scale=scale)
     else:
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -1,0 +1,48 @@
+"""What Inductor makes of an op of ours that is one call of PyTorch's own kernel: that call.
+
+An op's Python (checks, the choice of an engine) takes 40 µs in compiled code, as long as short attention itself. In a
+graph of fixed shapes all of it is known beforehand, and the engine's operators stand there in the op's place. Other
+backends of torch.compile, and torch.export, see the op.
+
+Private API: register_decomposition and fast_random_decomps of torch._inductor.decomposition, make_fallback of
+torch._inductor.lowering, tried with torch 2.13.0; where they are missing, ops stay ops in compiled code, and a warning
+says so once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .inductor import say_once
+
+Rule = Callable[..., Any]  # the op's arguments -> its results, or NotImplemented: it stays an op
+
+_untold: dict[Any, Rule] = {}
+
+
+def register(op: Any, rule: Rule) -> None:
+    """For the next graph that Inductor compiles."""
+    _untold[op._opoverload] = rule
+
+
+def tell_inductor() -> None:
+    """To be called when an op is traced. Whoever compiles with Inductor has imported it by then; others shall not wait
+    for that."""
+    if not _untold or "torch._inductor" not in sys.modules:
+        return
+    rules = dict(_untold)
+    _untold.clear()
+    try:
+        from torch._inductor.decomposition import fast_random_decomps, register_decomposition
+        from torch._inductor.lowering import make_fallback
+
+        for op, rule in rules.items():
+            make_fallback(op, warn=False, override_decomp=True)  # where it stays: by itself, it could not after a rule
+            register_decomposition([op])(rule)
+        fast_random_decomps.cache_clear()  # a copy of the table
+    except (ImportError, AttributeError) as error:
+        say_once(f"torch {torch.__version__}: ops are called from compiled code as they are, which is slower: {error}")
