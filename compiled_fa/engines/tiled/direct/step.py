@@ -185,23 +185,29 @@ def _attended(
         m, g = divmod(r, heads_per_key)
         return (_rows_of(queries[:, m, :, g], [query]).to(dtype)[:, None, None] * keys).sum(-1)
 
-    scores = torch.stack([product(r) for r in range(rows)], 3)  # x pieces piece r h
-    _, pieces, piece, _, h = scores.shape
-
+    _, pieces, piece, h, _ = keys.shape
     number = torch.arange(pieces * piece, dtype=torch.int32).view(pieces, piece, 1, 1)
-    row_number = torch.arange(rows, dtype=torch.int32)[:, None]
-    head = torch.arange(h, dtype=torch.int32) * heads_per_key + row_number % heads_per_key
     owner, key = (x[:, None, None, None, None] for x in (owner, key.int()))
-    indices = owner, head, row_number // heads_per_key, key + number
-    score = program.score(scores, *indices)
-    if features.masked:
-        score = torch.where(program.mask(*indices), score, -inf)
     inside = None
     if existing is not None:
         start, stop = (x.int()[:, None, None, None, None] for x in existing)
         inside = (number >= start) & (number < stop)
-        score = torch.where(inside, score, -inf)
 
+    def scores(some: range) -> Tensor:
+        """Of these rows: x pieces piece r h."""
+        row_number = torch.arange(some.start, some.stop, dtype=torch.int32)[:, None]
+        head = torch.arange(h, dtype=torch.int32) * heads_per_key + row_number % heads_per_key
+        indices = owner, head, row_number // heads_per_key, key + number
+        score = program.score(torch.stack([product(r) for r in some], 3), *indices)
+        if features.masked:
+            score = torch.where(program.mask(*indices), score, -inf)
+        return score if inside is None else torch.where(inside, score, -inf)
+
+    if features.masked and shape.queries > 1:
+        # A mask of its own for each row: cheaper made once than for the maximum and again for the exponentials.
+        score = torch.cat([scores(range(row, row + 1)) for row in range(rows)], 3)
+    else:
+        score = scores(range(rows))
     top = score.amax((1, 2))
     probs = torch.exp(score - torch.where(top == -inf, 0.0, top)[:, None, None])
     outs = []
