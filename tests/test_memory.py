@@ -1,8 +1,11 @@
-"""Memory for results: large ones ask for huge pages, and are tensors like all others."""
+"""Large results ask for huge pages, and are tensors like all others; what a call frees is there for the next one."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,31 @@ def test_a_system_without_them_gives_the_same(monkeypatch: pytest.MonkeyPatch) -
     asking = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 50, 50)
     monkeypatch.setattr(memory, "_advise", lambda: None)
     assert torch.equal(asking, flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 50, 50))
+
+
+FAULTS = """
+import resource, torch
+from compiled_fa import memory
+def faults_of_a_call():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    buffers = [torch.empty(4 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]
+    del buffers
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def faults():
+    return min(faults_of_a_call() for _ in range(4))
+without = faults()
+memory.keep_freed()
+faults_of_a_call()
+print(without, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux and its allocator")
+def test_freed_memory_is_kept() -> None:
+    """In a new process: what others have freed before may have told the allocator the same."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
+    without, kept = map(int, done.stdout.split())
+    if without < 100:
+        pytest.skip("here memory is kept, or comes in large pages, anyhow")
+    assert kept < 100

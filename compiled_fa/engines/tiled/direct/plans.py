@@ -13,13 +13,16 @@ from torch import Tensor
 
 from .... import inductor
 from ....inductor import Compiled
+from ....memory import keep_freed
 from ....problem import Problem
 from ....scores import Window
 from ..features import Features, numbers
 from . import step
 from .parts import Cut, Parts, Rows, cut, located, sizes
 
-SCORES = 4 << 20  # bytes of scores at once: of larger ones the allocator asks the system for new pages at every call
+SCORES = (
+    4 << 20
+)  # bytes of scores at once; a step has several times as many in buffers, which shall be kept (memory.py)
 PLANS = 64  # kept
 
 _plans: dict[object, Plan] = {}
@@ -63,6 +66,7 @@ def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Pl
     run = step.decoding(step.Shape(features, queries, heads_per_key, (q.shape[-1], head_dim_v)))
     if run is None or k.total < piece:
         return None
+    keep_freed()
     seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]
     spans = tuple((max(0, start // part * part), max(0, stop)) for start, stop in seen)
     groups = _groups(lengths, SCORES // (features.dtype.itemsize * rows * nheads_k))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .... import inductor, untiled
 from ....inductor import Compiled
-from ....memory import new_empty
+from ....memory import keep_freed, new_empty
 from ....problem import Packed, Problem
 from ....scores import Window
 from ..features import Features, numbers
@@ -102,6 +102,7 @@ def _plan(problem: Problem, packed: Packed) -> Plan | None:
     run = step.alone(step.Shape(features, queries, heads_per_key, (q.shape[-1], problem.v.shape[-1])))
     if run is None:
         return None
+    keep_freed()
     if len(_plans) >= PLANS:
         _plans.clear()
     plan = _plans[key] = Plan(run, queries, list(_groups(problem, packed, queries, features)))
