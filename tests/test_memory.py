@@ -57,21 +57,16 @@ def faults_of_a_call():
     buffers = [torch.empty(4 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]
     del buffers
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-def faults():
-    return min(faults_of_a_call() for _ in range(4))
-without = faults()
 memory.keep_freed()
-faults_of_a_call()
-print(without, faults())
+for _ in range(10):
+    faults_of_a_call()
+print(sum(faults_of_a_call() for _ in range(10)))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux and its allocator")
 def test_freed_memory_is_kept() -> None:
-    """In a new process: what others have freed before may have told the allocator the same."""
+    """In a new process: what others have freed before would have told the allocator the same."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
     done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
-    without, kept = map(int, done.stdout.split())
-    if without < 100:
-        pytest.skip("here memory is kept, or comes in large pages, anyhow")
-    assert kept < 100
+    assert int(done.stdout) < 100  # 40,960 pages
