@@ -121,6 +121,15 @@ def test_rows_of_a_larger_tensor(small_parts):
     assert torch.allclose(tiled.forward(Problem.of(q, k.mT.contiguous().mT, v, None))[0], expected[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("slopes", ["none", "heads", "batch"])
+def test_calls_of_one_shape_share_a_plan_but_no_slopes_or_pages(small_parts, slopes):
+    for seed in range(3):
+        data = make(Case(((1, 40), (1, 70)), heads_per_key=2, slopes=slopes, seed=seed))
+        for problem in (data.problem(), in_pages(data, 16, torch.Generator().manual_seed(seed))):
+            check_against_float64(data, as_packed(data, *decoding.forward(problem)))
+    assert len(plans._plans) == 2
+
+
 def test_sequences_share_a_call_while_scores_are_few():
     assert list(plans._groups([5], 3)) == [(0, 1)]
     assert list(plans._groups([9, 1, 1, 1, 9, 0, 2], 3)) == [(0, 1), (1, 4), (4, 5), (5, 7)]

@@ -67,17 +67,17 @@ class Rows(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Spans in parts, wherever those lie: whole ones, then last ones, (x + b, pieces) or, `owner`, (x + b,)."""
+    """Spans in parts, wherever those lie: whole ones, then last ones, (x + b, pieces)."""
 
-    sequence: Tensor
-    slot: Tensor  # of a piece's first key, in the block table
-    offset: Tensor  # of that key, in the page; without pages, in the sequence
-    owner: Tensor
-    key: Tensor  # (x,), and as in Parts
+    place: Tensor  # of a piece's first key: its page, counted in all of the block table; without pages, its sequence
+    offset: Tensor  # of that key in there
+    owner: Tensor  # (x,), and as in Parts
+    key: Tensor
     first: Tensor
     parts: Tensor
     steps: Tensor
-    last_key: Tensor  # (b,), of the last part
+    last_owner: Tensor  # (b,)
+    last_key: Tensor  # of the last part
     last_start: Tensor  # 0
     last_length: Tensor
     exists: Tensor | None  # (x + b, 1): that part has keys; None: all have
@@ -92,8 +92,8 @@ def sizes(longest: int, page: int | None) -> tuple[int, int]:
     return part // piece * piece, piece
 
 
-def cut(spans: Spans, first: int, part: int, piece: int, page: int | None) -> Cut:
-    """first: the number of the first of these sequences."""
+def cut(spans: Spans, first: int, part: int, piece: int, page: int | None, pages: int) -> Cut:
+    """first: the number of the first of these sequences. pages: in a row of the block table."""
     start, stop = torch.tensor(spans, device="cpu").T
     parts = ((stop - start + part - 1) // part - 1).clamp(min=0)
     before = parts.cumsum(0) - parts
@@ -109,17 +109,17 @@ def cut(spans: Spans, first: int, part: int, piece: int, page: int | None) -> Cu
     last_pieces = torch.minimum(pieces, (length - 1).clamp(min=0)[:, None] // piece * piece)
     whole_pieces = pieces if some_whole else torch.zeros_like(pieces)
     number = torch.cat([key[:, None] + whole_pieces, last[:, None] + last_pieces])
-    sequence = first + torch.cat([owner, everyone])
+    place = (first + torch.cat([owner, everyone])[:, None]).expand(number.shape)
     exists = torch.cat([torch.full_like(owner, some_whole, dtype=torch.bool), length > 0])
     return Cut(
-        sequence[:, None].expand(number.shape).contiguous(),
-        number // page if page else torch.zeros_like(number),
+        place * pages + number // page if page else place.contiguous(),
         number % page if page else number,
-        sequence,
+        first + owner,
         key,
         before,
         parts,
         torch.arange(max(1, int(parts.max())), device="cpu"),
+        first + everyone,
         last,
         torch.zeros_like(last),
         length,
@@ -130,22 +130,21 @@ def cut(spans: Spans, first: int, part: int, piece: int, page: int | None) -> Cu
 def located(packed: Packed | None, k: Rows, piece: int, cut: Cut) -> Parts:
     """Where parts of dense (None), packed or paged keys lie."""
     if packed is None:
-        return _placed(cut, cut.sequence * k.per_block + cut.offset, k.total - piece)
+        return _placed(cut, cut.place * k.per_block + cut.offset, k.total - piece)
     if packed.block_table is None:
-        return _placed(cut, packed.cu_seqlens_k[cut.sequence] + cut.offset, k.total - piece)
-    return _placed(cut, packed.block_table[cut.sequence, cut.slot].long() * k.per_block + cut.offset)
+        return _placed(cut, packed.cu_seqlens_k.take(cut.place) + cut.offset, k.total - piece)
+    return _placed(cut, torch.add(cut.offset, packed.block_table.take(cut.place), alpha=k.per_block))
 
 
 def _placed(cut: Cut, row: Tensor, last_window: int | None = None) -> Parts:
     """row: where pieces begin that have keys. last_window: of memory, where pieces are not parts of its blocks."""
-    whole = len(cut.key)
     if cut.exists is not None:
         row = row.where(cut.exists, 0)
-    last_row, last_key, start, stop = row[whole:], cut.last_key, cut.last_start, cut.last_length
+    row, last_row = row.split([len(cut.key), len(cut.last_key)])
+    last_key, start, stop = cut.last_key, cut.last_start, cut.last_length
     if last_window is not None:
         window = last_row.clamp(max=last_window)
         start = (last_row - window)[:, 0]
         last_row, last_key, stop = window, last_key - start, stop + start
-    owner, last_owner = cut.owner[:whole], cut.owner[whole:]
     counted = cut.first, cut.parts, cut.steps
-    return Parts(row[:whole], owner, cut.key, *counted, last_row, last_owner, last_key, start, stop)
+    return Parts(row, cut.owner, cut.key, *counted, last_row, cut.last_owner, last_key, start, stop)

@@ -6,6 +6,7 @@ Made of a hundred operations on small tensors, which take longer than attending 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ _plans: dict[object, Plan] = {}
 
 class Plan(NamedTuple):
     run: Compiled
-    numbers: list[Tensor]
+    lengths: Tensor  # keys of every sequence
+    numbers: list[Tensor]  # of the score program
     piece: int  # keys
     cuts: list[Cut]  # of sequences that run together
     dense: list[Parts]  # the same, where they lie, if keys are dense
@@ -38,12 +40,11 @@ class Plan(NamedTuple):
 
 def plan(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Plan | None:
     """For sequences with so many queries, and keys; None: there is no compiler, or memory holds less than a piece."""
-    if problem.alibi_slopes is not None:  # of which everybody has their own
-        return _made(problem, k, queries, lengths)
-    page = None if problem.packed is None or problem.packed.block_table is None else problem.k.shape[1]
+    page, pages = _pages(problem)
     heads_and_dims = problem.q.shape[-2:], problem.v.shape[-2:]
     program = problem.softmax_scale, problem.softcap, problem.window
-    how = inductor.why_not(), problem.packed is None, page, k.total, k.per_block
+    slopes = problem.alibi_slopes is not None
+    how = inductor.why_not(), slopes, problem.packed is None, page, pages, k.total, k.per_block
     key = queries, *lengths, *how, *heads_and_dims, problem.q.dtype, *program
     found = _plans.get(key)
     if found is None:
@@ -52,6 +53,8 @@ def plan(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Pla
             if len(_plans) >= PLANS:
                 _plans.clear()
             _plans[key] = found
+    elif slopes:  # everybody has their own
+        found = found._replace(numbers=_numbers(problem, queries, found.lengths))
     return found
 
 
@@ -59,9 +62,10 @@ def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Pl
     q, packed, (nheads_k, head_dim_v) = problem.q, problem.packed, problem.v.shape[-2:]
     heads_per_key = q.shape[-2] // nheads_k
     rows = queries * heads_per_key
-    program = problem.program(queries, torch.tensor(lengths, dtype=torch.int32, device=q.device))
+    lengths_k = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    program = problem.program(queries, lengths_k)
     features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
-    page = None if packed is None or packed.block_table is None else problem.k.shape[1]
+    page, pages = _pages(problem)
     part, piece = sizes(max(lengths), page)
     run = step.decoding(step.Shape(features, queries, heads_per_key, (q.shape[-1], head_dim_v)))
     if run is None or k.total < piece:
@@ -70,9 +74,24 @@ def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Pl
     seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]
     spans = tuple((max(0, start // part * part), max(0, stop)) for start, stop in seen)
     groups = _groups(lengths, SCORES // (features.dtype.itemsize * rows * nheads_k))
-    cuts = [cut(spans[first:stop], first, part, piece, page) for first, stop in groups]
+    cuts = [cut(spans[first:stop], first, part, piece, page, pages) for first, stop in groups]
     dense = [located(None, k, piece, some) for some in cuts] if packed is None else []
-    return Plan(run, numbers(program, len(lengths), 1.0, features.dtype), piece, cuts, dense)
+    return Plan(run, lengths_k, _numbers(problem, queries, lengths_k), piece, cuts, dense)
+
+
+def _numbers(problem: Problem, queries: int, lengths: Tensor) -> list[Tensor]:
+    """Of the score program. Query heads are counted as the step counts them: the first of every key head first."""
+    program = problem.program(queries, lengths)
+    if program.alibi_slopes is not None:
+        by_key = program.alibi_slopes.unflatten(1, (problem.k.shape[-2], -1))
+        program = replace(program, alibi_slopes=by_key.mT.flatten(1))
+    return numbers(program, problem.batch, 1.0, problem.lse_dtype)
+
+
+def _pages(problem: Problem) -> tuple[int | None, int]:
+    """Keys of a page, and how many pages a row of the block table has."""
+    table = None if problem.packed is None else problem.packed.block_table
+    return (None, 0) if table is None else (problem.k.shape[1], table.shape[1])
 
 
 def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

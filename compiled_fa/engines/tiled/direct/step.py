@@ -78,7 +78,8 @@ Attended = tuple[Tensor, Tensor, Tensor]
 
 def decoding(shape: Shape) -> Compiled | None:
     """queries (batch, m, h, g, head_dim) in the arithmetic's dtype, windows of k (., piece, h, head_dim) and v
-    (., piece, h, slices, .), Parts and numbers -> out (b, h, r, slices, .) and lse (b, h, r); None: no compiler."""
+    (., piece, h, slices, .), Parts and numbers, slopes as (b, g * h) -> out (b, h, r, slices, .) and lse (b, h, r);
+    None: no compiler."""
     x, b = ("x",), ("b",)
     tables = (*x, "pieces"), x, x, b, b, ("s",), (*b, "pieces"), b, b, b, b
     return _compiled(decode, shape, shape.features.dtype, tables, "decoding")
@@ -196,7 +197,7 @@ def _attended(
     def scores(some: range) -> Tensor:
         """Of these rows: x pieces piece r h."""
         row_number = torch.arange(some.start, some.stop, dtype=torch.int32)[:, None]
-        head = torch.arange(h, dtype=torch.int32) * heads_per_key + row_number % heads_per_key
+        head = row_number % heads_per_key * h + torch.arange(h, dtype=torch.int32)  # lie side by side so
         indices = owner, head, row_number // heads_per_key, key + number
         score = program.score(torch.stack([product(r) for r in some], 3), *indices)
         if features.masked:
