@@ -6,8 +6,10 @@
     engines/          who computes: fused (one Triton kernel each way, on CUDA), aten (PyTorch's kernel, on a CPU),
                       tiled (anything, anywhere)
     inductor.py       graphs compiled by Inductor and called without guards
+    lowering.py       what Inductor makes of our ops in other people's graphs
     warmup.py         compiling ahead; progress.py: what a terminal is told meanwhile
-    hardware.py       what this machine's processor does well
+    hardware.py       what this machine's processor does well; memory.py: how its system gives memory fast
+    untiled.py        which calls on a CPU need no tiles
     turing/           tensor cores on Turing for every Triton kernel of the process
     scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
 

@@ -21,9 +21,7 @@ from ..features import Features, numbers
 from . import step
 from .parts import Cut, Parts, Rows, cut, located, sizes
 
-SCORES = (
-    4 << 20
-)  # bytes of scores at once; a step has several times as many in buffers, which shall be kept (memory.py)
+SCORES = 4 << 20  # bytes of scores at once; a step's buffers are several times as large, and are kept (memory.py)
 PLANS = 64  # kept
 
 _plans: dict[object, Plan] = {}
