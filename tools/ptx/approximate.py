@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .arithmetic import elementwise, float_function, integer_division
+from .arithmetic import integer_division
 from .definitions import Context, Execute, defines, split, unsupported
+from .elementwise import elementwise, float_function
 from .parser import Instruction
 from .registers import Array
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .arithmetic import FLOATS, ROUNDINGS, float_function, rounding_of
 from .definitions import Context, Execute, defines, split, unsupported
+from .elementwise import FLOATS, ROUNDINGS, float_function, rounding_of
 from .parser import Instruction
 from .registers import DTYPES, Array
 from .rounding import flush, round_float, round_to_integer

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import access, approximate, arithmetic, conversion, matrix, warp  # noqa: F401 - they fill the table
+from . import access, approximate, arithmetic, bits, comparison, conversion, matrix, warp  # noqa: F401 - they fill the table
 from .counters import Counters, class_of
 from .definitions import Context, Execute, decode
 from .faults import BarrierError, KernelError, TrapError, UnknownInstructionError
