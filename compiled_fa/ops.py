@@ -6,8 +6,9 @@
     out, lse = torch.ops.compiled_fa.attention(q, k, v, causal=True)
 
 out is shaped as q with v's head_dim; lse is a natural logarithm in fp32 (fp64 for fp64 inputs), (B, H, Sq) or (H, Tq).
-Each op has a schema, a kernel that checks its arguments and hands a `Problem` to an engine, and a fake kernel. The
-forward ops differentiate in q, k and v, through out and through lse; to differentiate twice is refused.
+Each op has a schema, a kernel that checks its arguments and hands a `Problem` to an engine, a fake kernel, and a rule
+for Inductor's graphs (lowering.py). The forward ops differentiate in q, k and v, through out and through lse; to
+differentiate twice is refused.
 
 B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of q, k and of v, T total tokens.
 """

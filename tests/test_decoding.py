@@ -121,6 +121,16 @@ def test_rows_of_a_larger_tensor(small_parts):
     assert torch.allclose(tiled.forward(Problem.of(q, k.mT.contiguous().mT, v, None))[0], expected[0], atol=1e-6)
 
 
+def test_a_pool_without_a_page_in_use(small_parts):
+    pool, cu_seqlens_k = torch.full((3, 8, 2, 8), torch.nan), torch.zeros(3, dtype=torch.int32)
+    for columns in (0, 2):
+        table = torch.full((2, columns), NOBODY, dtype=torch.int32)
+        packed = Packed(torch.arange(3, dtype=torch.int32), cu_seqlens_k, 1, 8, table)
+        out, lse = tiled.forward(Problem.of(torch.randn(2, 4, 8), pool, pool, packed))
+        assert torch.equal(out, torch.zeros(2, 4, 8))
+        assert torch.equal(lse, torch.full((4, 2), -torch.inf))
+
+
 @pytest.mark.parametrize("slopes", ["none", "heads", "batch"])
 def test_calls_of_one_shape_share_a_plan_but_no_slopes_or_pages(small_parts, slopes):
     for seed in range(3):

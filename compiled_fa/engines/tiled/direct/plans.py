@@ -37,7 +37,8 @@ class Plan(NamedTuple):
 
 
 def plan(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Plan | None:
-    """For sequences with so many queries, and keys; None: there is no compiler, or memory holds less than a piece."""
+    """For sequences with so many queries, and keys; None: there are no keys, or memory of less than a piece, or
+    there is no compiler."""
     page, pages = _pages(problem)
     heads_and_dims = problem.q.shape[-2:], problem.v.shape[-2:]
     program = problem.softmax_scale, problem.softcap, problem.window
@@ -65,8 +66,10 @@ def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Pl
     features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
     page, pages = _pages(problem)
     part, piece = sizes(max(lengths), page)
+    if k.total < piece or not any(lengths):
+        return None
     run = step.decoding(step.Shape(features, queries, heads_per_key, (q.shape[-1], head_dim_v)))
-    if run is None or k.total < piece:
+    if run is None:
         return None
     keep_freed()
     seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]
