@@ -29,6 +29,16 @@ class Packed:
     max_seqlen_k: int
     block_table: Tensor | None = None
 
+    @functools.cached_property
+    def sums_q(self) -> list[int]:
+        """cu_seqlens_q, read by the host once; elsewhere than on a CPU it waits for that."""
+        return self.cu_seqlens_q.tolist()
+
+    @functools.cached_property
+    def sums_k(self) -> list[int]:
+        """cu_seqlens_k, likewise."""
+        return self.cu_seqlens_k.tolist()
+
 
 @dataclass(frozen=True)
 class Problem:

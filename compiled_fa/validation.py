@@ -153,7 +153,7 @@ def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
     if q.device.type != "cpu" and os.environ.get("COMPILED_FA_CHECK") != "1":
         return
     # As lists: a dozen operations on small tensors would take longer than a short call.
-    sums_q, sums_k, block_table = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_k.tolist(), packed.block_table
+    sums_q, sums_k, block_table = packed.sums_q, packed.sums_k, packed.block_table
     _lengths("cu_seqlens_q", sums_q, "max_seqlen_q", packed.max_seqlen_q)
     longest_k = _lengths("cu_seqlens_k", sums_k, "max_seqlen_k", packed.max_seqlen_k)
     if sums_q[-1] != q.shape[0]:

@@ -40,7 +40,7 @@ class Group:
 
 def groups(packed: Packed) -> Iterator[tuple[Group, Group]]:
     """Queries and keys of all sequences: short ones with those of their lengths, others alone."""
-    first_q, first_k = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_k.tolist()
+    first_q, first_k = packed.sums_q, packed.sums_k
     lengths = [(first_q[s + 1] - first_q[s], first_k[s + 1] - first_k[s]) for s in range(len(first_q) - 1)]
     together: dict[object, list[int]] = defaultdict(list)
     for sequence, pair in enumerate(lengths):

@@ -63,7 +63,6 @@ def _lengths(problem: Problem) -> tuple[int, list[int]] | None:
     if packed is None:
         return problem.q.shape[1], [problem.k.shape[1]] * problem.batch
     queries, remainder = divmod(problem.q.shape[0], problem.batch)
-    if remainder or packed.cu_seqlens_q.tolist() != list(range(0, problem.q.shape[0] + 1, queries)):
+    if remainder or packed.sums_q != list(range(0, problem.q.shape[0] + 1, queries)):
         return None
-    ends = packed.cu_seqlens_k.tolist()
-    return queries, [stop - start for start, stop in pairwise(ends)]
+    return queries, [stop - start for start, stop in pairwise(packed.sums_k)]

@@ -86,7 +86,7 @@ def forward(problem: Problem) -> Results | None:
 def _plan(problem: Problem, packed: Packed) -> Plan | None:
     """None: there is no compiler, or memory holds less than a window."""
     q, k = problem.q, problem.k
-    sums = tuple(packed.cu_seqlens_q.tolist()), tuple(packed.cu_seqlens_k.tolist())
+    sums = tuple(packed.sums_q), tuple(packed.sums_k)
     program = problem.softmax_scale, problem.softcap, problem.window
     key = inductor.why_not(), *sums, q.shape[1:], problem.v.shape[1:], q.dtype, *program
     found = _plans.get(key)
