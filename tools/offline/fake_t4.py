@@ -12,6 +12,7 @@ import torch
 import torch._higher_order_ops
 import torch._inductor.fx_passes.joint_graph as joint_graph
 import torch._inductor.fx_passes.post_grad as post_grad
+import torch._subclasses.fake_tensor as fake_tensor
 import triton
 from torch._dynamo import device_interface
 from torch._inductor.runtime import triton_helpers
@@ -120,6 +121,7 @@ def install() -> None:
     private._cuda_setDevice = _always(None)
     private._cuda_getCurrentRawStream = _always(0)
     torch.version.cuda = "12.8"
+    fake_tensor.init_gpu_context = _always(None)  # torch 2.11 makes a tensor there
     fake_mode: Any = FakeTensorMode
     fake_mode.avoid_device_init = property(_always(True))
     # Inductor's patterns are traced on real tensors of the device.

@@ -125,7 +125,7 @@ def _operators() -> Any:
 
 def _block_mask(mods: Mods, q: Tensor, k: Tensor, blocks: Sequence[Tensor]) -> tuple[Any, ...]:
     make: Any = BlockMask  # whose __init__ takes the eight in the order of `flat`
-    mask = make((q.shape[2], k.shape[2]), *blocks, BLOCK_SIZE=(BLOCK, BLOCK))
+    mask = make((q.shape[2], k.shape[2]), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mods.mask)
     return (*mask.as_tuple()[:-1], mods.mask)
 
 
