@@ -1,7 +1,7 @@
 """What this machine's processor does well.
 
-Private API: torch.cpu._is_avx512_bf16_supported and _is_amx_tile_supported, tried with torch 2.13.0; where they are
-missing, the answer is no, and a warning says so once.
+Private API: torch.cpu._is_avx512_bf16_supported and _is_amx_tile_supported, tried with torch 2.11.0, 2.13.0 and 2.15.0;
+where they are missing, the answer is no, and a warning says so once.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ graph of fixed shapes all of it is known beforehand, and the engine's operators 
 backends of torch.compile, and torch.export, see the op.
 
 Private API: register_decomposition and fast_random_decomps of torch._inductor.decomposition, make_fallback of
-torch._inductor.lowering, tried with torch 2.13.0; where they are missing, ops stay ops in compiled code, and a warning
-says so once.
+torch._inductor.lowering, tried with torch 2.11.0, 2.13.0 and 2.15.0; where they are missing, ops stay ops in compiled
+code, and a warning says so once.
 """
 
 from __future__ import annotations

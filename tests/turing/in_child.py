@@ -98,14 +98,15 @@ def inductor_keys() -> dict[str, list[str]]:
     graph = torch.fx.symbolic_trace(torch.nn.ReLU())
 
     def keys() -> dict[str, str]:
-        details = codecache.compiled_fx_graph_hash(graph, [torch.zeros(4)], {}, [])[0]
-        return {
-            "graph": details,
-            "autotuning": AutotuneCache._make_local_cache_key("folder", "kernel"),
+        found = {
+            "graph": codecache.compiled_fx_graph_hash(graph, [torch.zeros(4)], {}, [])[0],
             "kernel": async_compile.CompiledTritonKernels.key("source"),
         }
+        if hasattr(AutotuneCache, "_make_local_cache_key"):  # not in torch 2.11
+            found["autotuning"] = AutotuneCache._make_local_cache_key("folder", "kernel")
+        return found
 
-    collected: dict[str, list[str]] = {name: [] for name in ("graph", "autotuning", "kernel", "other thread")}
+    collected: dict[str, list[str]] = {name: [] for name in (*keys(), "other thread")}
     for change in (lambda: None, compiled_fa.turing.enable, compiled_fa.turing.disable):
         change()
         for name, key in keys().items():

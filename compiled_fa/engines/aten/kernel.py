@@ -1,8 +1,8 @@
 """Calls of PyTorch's flash kernel for CPUs on (B, S, H, D), by the parts that it can do, merged by lse.
 
 Private API: aten::_scaled_dot_product_flash_attention_for_cpu and its backward, the kernel below
-F.scaled_dot_product_attention, which gives lse too. Tried with torch 2.13.0; where it is missing, the tiled engine
-serves in its place, and a warning says so once.
+F.scaled_dot_product_attention, which gives lse too. Tried with torch 2.11.0, 2.13.0 and 2.15.0; where it is missing,
+the tiled engine serves in its place, and a warning says so once.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ torch's public flex_attention recomputes its forward to differentiate, and deriv
 with a backward of its own needs the two higher-order operators beneath it: forward, and backward given out's and lse's
 gradients, with our `product_gradient` (which dropout needs) in place of a derived one.
 
-Private API: torch._higher_order_ops.flex_attention's operators and BlockMask.as_tuple. Tried with torch 2.13.0. On a
-CPU the operators run as plain PyTorch ops over the whole score matrix; that is for tests of everything around the
-kernel.
+Private API: torch._higher_order_ops.flex_attention's operators and BlockMask.as_tuple. Tried with torch 2.11.0, 2.13.0
+and 2.15.0. On a CPU the operators run as plain PyTorch ops over the whole score matrix; that is for tests of everything
+around the kernel.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ Inductor makes loops of them that read k and v about as fast as memory gives the
 
 What lies where a part has no key is never multiplied: it may be anything, NaN too.
 
-Private API: Inductor's config in CONFIG and aten::_unsafe_index, tried with torch 2.13.0; where they are missing, the
-compilation fails, a warning says so once, and tiles serve.
+Private API: Inductor's config in CONFIG and aten::_unsafe_index, tried with torch 2.11.0, 2.13.0 and 2.15.0; where they
+are missing, the compilation fails, a warning says so once, and tiles serve.
 """
 
 from __future__ import annotations
