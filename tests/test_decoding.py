@@ -92,7 +92,7 @@ def test_agrees_with_float64(case, page):
         found = decoding.forward(problem)
     if found is None:  # no keys, or memory of less than a part
         assert not data.k.shape[0] or (page == 0 and data.k.shape[0] < 8)
-        return
+        found = tiled.forward(problem)
     assert all(x.is_contiguous() for x in found)
     check_against_float64(data, as_packed(data, *found))
 

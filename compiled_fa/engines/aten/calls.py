@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from ...memory import new_empty
 from ...problem import Problem
 from .groups import groups
-from .kernel import Gradients, at_once, attend, differentiate
+from .kernel import Gradients, at_once, attend, differentiate, widens
 
 
 def is_one_call(problem: Problem) -> bool:
     """Is it one call of the kernel, on tensors as they are, whose sizes are numbers?"""
     q, k = problem.q, problem.k
-    if problem.packed is not None or q.dtype == torch.float16:
+    if problem.packed is not None or widens(q):
         return False
-    symbolic = any(isinstance(number, torch.SymInt) for number in (*q.shape, *k.shape, *problem.window))
+    symbolic = any(isinstance(number, SymInt) for number in (*q.shape, *k.shape, *problem.window))
     return not symbolic and at_once(problem, q, k)
 
 

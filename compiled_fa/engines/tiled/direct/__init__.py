@@ -2,7 +2,7 @@
 
 A tile copies keys to multiply them, or multiplies the keys of one head after another, which skips from row to row of
 memory; and a product of small matrices is mostly a call. Where that is what takes time, in decoding and for short
-sequences, plain multiplications and sums, made into loops by Inductor, read k and v once and where they lie.
+sequences, plain multiplications and sums, made into loops by Inductor, read k and v where they lie.
 
 decoding.py  few queries on many keys
 short.py     many short packed sequences

@@ -197,7 +197,7 @@ def _attended(
     def scores(some: range) -> Tensor:
         """Of these rows: x pieces piece r h."""
         row_number = torch.arange(some.start, some.stop, dtype=torch.int32)[:, None]
-        head = row_number % heads_per_key * h + torch.arange(h, dtype=torch.int32)  # lie side by side so
+        head = row_number % heads_per_key * h + torch.arange(h, dtype=torch.int32)  # slopes lie as scores do
         indices = owner, head, row_number // heads_per_key, key + number
         score = program.score(torch.stack([product(r) for r in some], 3), *indices)
         if features.masked:
