@@ -3,7 +3,7 @@
     interface.py      the six functions: what people call
     ops.py            torch.ops.compiled_fa.*: what torch.compile and autograd see
     validation.py     every check of an argument
-    engines/          who computes: fused (one Triton kernel each way, on CUDA), aten (PyTorch's kernel, on a CPU),
+    engines/          who computes: fused (one Triton kernel each way, on CUDA), sdpa_cpu (PyTorch's kernel, on a CPU),
                       tiled (anything, anywhere)
     inductor.py       graphs compiled by Inductor and called without guards
     lowering.py       what Inductor makes of our ops in other people's graphs

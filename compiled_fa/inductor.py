@@ -45,7 +45,7 @@ def say_once(message: str) -> None:
         log.warning("compiled_fa: %s", message)
 
 
-def why_not() -> str | None:
+def eager_reason() -> str | None:
     """Why the tiled engine's steps run eagerly on a CPU; None: they are compiled."""
     if os.environ.get("COMPILED_FA_COMPILE", "1") == "0":
         return "COMPILED_FA_COMPILE=0: the tiled engine runs its steps eagerly, several times slower"

@@ -1,5 +1,5 @@
-"""Which calls on a CPU need no tiles: the tiled engine has steps of their own for them (engines/tiled/direct), the aten
-engine leaves them to it, and warmup compiles them.
+"""Which calls on a CPU need no tiles: the tiled engine has steps of their own for them (engines/tiled/split_kv), the
+sdpa_cpu engine leaves them to it, and warmup compiles them.
 
 As measured: bench/NOTES.md. The steps are code for one head_dim and number of rows, which a small call does not repay.
 """

@@ -26,7 +26,7 @@ def compiled_steps(monkeypatch):
     from compiled_fa import inductor
 
     monkeypatch.setenv("COMPILED_FA_COMPILE", "1")
-    if reason := inductor.why_not():
+    if reason := inductor.eager_reason():
         pytest.skip(reason)
 
 

@@ -1,6 +1,6 @@
-"""What the flex template does with the engine's block structure and score functions, tile by tile, in PyTorch ops.
+"""What the flex template does with the engine's block tables and score functions, tile by tile, in PyTorch ops.
 
-The template visits the tiles that the structure lists and no others, applies the mask to partial ones only, and keeps
+The template visits the tiles that the block tables list and no others, applies the mask to partial ones only, and keeps
 to the lengths of dense inputs by itself. Run in place of the kernel, on a CPU, it shows whether the engine asks for the
 right thing: a missing tile, a full tile that is not, or a wrong gradient function comes out as a wrong result.
 """

@@ -11,9 +11,8 @@ from support import Case, check_against_float64, cumulative, make, run_tiled
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from compiled_fa import flash_attn_func, flash_attn_varlen_func
-from compiled_fa import inductor as shared_inductor
-from compiled_fa.engines.tiled import TileSizes, inductor
+from compiled_fa import flash_attn_func, flash_attn_varlen_func, inductor
+from compiled_fa.engines.tiled import TileSizes, step_compiler
 
 FEATURES = {
     "plain": {"window_size": (-1, -1)},
@@ -33,7 +32,7 @@ def test_compiled_steps_agree_with_float64(compiled_steps, options):
     """One piece of machine code serves every shape, tile size, scale and head_dim."""
     case = Case(((67, 90), (0, 3), (5, 0), (1, 40), (33, 20)), heads_per_key=2, head_dim_v=12, **options)
     check_against_float64(make(case), run_tiled(make(case)))
-    compiled = len(shared_inductor._compiled)
+    compiled = len(inductor._compiled)
     for change in (
         {"heads_per_key": 1, "nheads_k": 1, "head_dim": 1, "head_dim_v": 1},
         {"tiles": TileSizes(16, 16, 3)},
@@ -41,8 +40,8 @@ def test_compiled_steps_agree_with_float64(compiled_steps, options):
     ):
         other = Case(**{**case.__dict__, **change})
         check_against_float64(make(other), run_tiled(make(other)))
-    assert not inductor._failed
-    assert len(shared_inductor._compiled) <= compiled + 2  # code without a mask, where it is now first needed
+    assert not step_compiler._failed
+    assert len(inductor._compiled) <= compiled + 2  # code without a mask, where it is now first needed
 
 
 def test_a_first_call_inside_a_compiled_graph_compiles_its_steps():
@@ -162,7 +161,7 @@ def test_errors_reach_the_caller_of_a_compiled_model():
 
 def test_without_compiling_it_says_so_once(caplog, monkeypatch):
     monkeypatch.setenv("COMPILED_FA_COMPILE", "0")
-    monkeypatch.setattr(shared_inductor, "_said", set())
+    monkeypatch.setattr(inductor, "_said", set())
     q = torch.randn(1, 5, 2, 8)
     with caplog.at_level(logging.WARNING, logger="compiled_fa"):
         for _ in range(3):
@@ -190,10 +189,10 @@ def test_a_step_that_inductor_cannot_compile_runs_eagerly(compiled_steps, monkey
     def broken(*arguments):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(shared_inductor, "compile_graph", broken)
-    monkeypatch.setattr(shared_inductor, "_compiled", {})
-    monkeypatch.setattr(inductor, "_failed", set())
-    monkeypatch.setattr(shared_inductor, "_said", set())
+    monkeypatch.setattr(inductor, "compile_graph", broken)
+    monkeypatch.setattr(inductor, "_compiled", {})
+    monkeypatch.setattr(step_compiler, "_failed", set())
+    monkeypatch.setattr(inductor, "_said", set())
     case = Case(((20, 30),), causal=True)
     with caplog.at_level(logging.WARNING, logger="compiled_fa"):
         check_against_float64(make(case), run_tiled(make(case)))

@@ -13,8 +13,8 @@ import torch
 
 import compiled_fa
 from compiled_fa import inductor, progress
-from compiled_fa.engines.tiled import inductor as steps_inductor
-from compiled_fa.engines.tiled.direct import plans
+from compiled_fa.engines.tiled import step_compiler
+from compiled_fa.engines.tiled.split_kv import decode_plan
 from compiled_fa.hardware import fast_bfloat16
 
 
@@ -93,7 +93,7 @@ FEATURES = {"causal": True, "softcap": 5.0, "dropout_p": 0.1}
 )
 def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options, monkeypatch):
     monkeypatch.setattr(inductor, "_compiled", {})
-    monkeypatch.setattr(steps_inductor, "_failed", set())
+    monkeypatch.setattr(step_compiler, "_failed", set())
     torch.manual_seed(1)
     state = torch.get_rng_state()
     assert compiled_fa.warmup(seqlen=300, varlen=varlen, dtype=dtype, **options) > 0
@@ -113,13 +113,13 @@ def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options,
         else:
             out = compiled_fa.flash_attn_func(q, q, q, **options)
         out.sum().backward()
-    assert not steps_inductor._failed
+    assert not step_compiler._failed
 
 
 def test_warmup_compiles_decoding(compiled_steps, monkeypatch):
-    monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(decode_plan, "_plans", {})
     monkeypatch.setattr(inductor, "_compiled", {})
-    monkeypatch.setattr(steps_inductor, "_failed", set())
+    monkeypatch.setattr(step_compiler, "_failed", set())
     compiled_fa.warmup(seqlen=64, nheads=4, nheads_k=2, head_dim=32, decode=True, backward=False)
     assert len(inductor._compiled) == 1
     monkeypatch.setattr(inductor, "compile_graph", None)
@@ -129,7 +129,7 @@ def test_warmup_compiles_decoding(compiled_steps, monkeypatch):
     pages, table = cache.view(3 * 8, 256, 3, 32), torch.arange(3 * 8, dtype=torch.int32).view(3, 8)
     paged = compiled_fa.flash_attn_varlen_func(q[:, 0], pages, pages, cu_q, cu_k, 1, 2048, block_table=table)
     assert torch.equal(dense[:, 0], paged)
-    assert not steps_inductor._failed
+    assert not step_compiler._failed
 
 
 def test_warmup_refuses_what_calls_refuse():

@@ -1,6 +1,6 @@
-"""The fused engine on a CPU: its block structure against dense masks, and its whole path against float64.
+"""The fused engine on a CPU: its block tables against dense masks, and its whole path against float64.
 
-`template` runs what the kernel would, tile by tile, on the structure and functions that the engine hands it; torch's
+`template` runs what the kernel would, tile by tile, on the block tables and functions that the engine hands it; torch's
 own eager flex_attention operators run the same functions on whole matrices.
 """
 
@@ -16,8 +16,8 @@ from compiled_fa import engines, flash_attn_func, inductor, use_engine
 from compiled_fa.engines import fused
 from compiled_fa.engines.fused import attention, flex
 from compiled_fa.engines.fused.aligned import Aligned
-from compiled_fa.engines.fused.blocks import BLOCK, Lengths, structure
-from compiled_fa.engines.fused.layouts import _dense_structure, layout_of
+from compiled_fa.engines.fused.blocks import BLOCK, Lengths, block_tables
+from compiled_fa.engines.fused.layouts import _dense_block_tables, layout_of
 from compiled_fa.problem import Packed, Problem
 from compiled_fa.scores import Window
 
@@ -38,7 +38,7 @@ def run_fused(data, run=None):
     return packed(data, (out, lse, *gradients))
 
 
-# ------------------------------------------------------------------------------------------------------ block structure
+# ------------------------------------------------------------------------------------------------------ block tables
 
 
 def dense_tiles(window, lengths, first_q, first_k, blocks_q, blocks_k):
@@ -57,10 +57,10 @@ def dense_tiles(window, lengths, first_q, first_k, blocks_q, blocks_k):
     return needed, full
 
 
-def listed(runs, shape):
-    """(needed, full) as a structure's lists have it; each tile once."""
+def listed(indices_of, shape):
+    """(needed, full) as block tables have it; each tile once."""
     counts = torch.zeros(2, *shape, dtype=torch.int32)
-    for kind, (count, indices) in enumerate(((runs.partial_count, runs.partial), (runs.full_count, runs.full))):
+    for kind, (count, indices) in enumerate((indices_of[:2], indices_of[2:])):
         for block in range(shape[0]):
             for other in indices[0, 0, block, : count[0, 0, block]].tolist():
                 counts[kind, block, other] += 1
@@ -69,27 +69,27 @@ def listed(runs, shape):
 
 
 @given(st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=5), SIDES, SIDES, st.integers(0, 200))
-def test_structure_is_that_of_the_mask(lengths, left, right, slack):
+def test_block_tables_are_those_of_the_mask(lengths, left, right, slack):
     """No needed tile missing, none superfluous, full ones really full and all of them; in both directions."""
     window = Window(left, right)
     cu_q, cu_k = (cumulative([pair[side] for pair in lengths]) for side in (0, 1))
     q, k = Aligned(cu_q, int(cu_q[-1])), Aligned(cu_k, int(cu_k[-1]))
     longest = [max(pair[side] for pair in lengths) + slack for side in (0, 1)]
-    found = structure(window, q.blocks, k.blocks, Lengths(q.lengths, k.lengths, *longest))
+    found = block_tables(window, q.blocks, k.blocks, Lengths(q.lengths, k.lengths, *longest))
     first_q, first_k = (((x.lengths + BLOCK - 1) // BLOCK).cumsum(0) for x in (q, k))
     first_q, first_k = ([0, *first.tolist()] for first in (first_q, first_k))
     sizes = q.blocks.first.shape[0], k.blocks.first.shape[0]
     expected = dense_tiles(window, lengths, first_q, first_k, *sizes)
-    for runs, turn in ((found.kv, lambda x: x), (found.q, lambda x: x.mT)):
-        needed, full = listed(runs, sizes if runs is found.kv else sizes[::-1])
+    for indices_of, shape, turn in ((found.kv, sizes, lambda x: x), (found.q, sizes[::-1], lambda x: x.mT)):
+        needed, full = listed(indices_of, shape)
         assert torch.equal(needed, turn(expected[0]))
         assert torch.equal(full, turn(expected[1]))
 
 
 @given(st.integers(1, 600), st.integers(1, 600), SIDES, SIDES)
-def test_dense_structure_is_that_of_the_mask(seqlen_q, seqlen_k, left, right):
+def test_dense_block_tables_are_those_of_the_mask(seqlen_q, seqlen_k, left, right):
     window = Window(left, right)
-    found = _dense_structure(window, seqlen_q, seqlen_k, torch.device("cpu"))
+    found = _dense_block_tables(window, seqlen_q, seqlen_k, torch.device("cpu"))
     sizes = -(-seqlen_q // BLOCK), -(-seqlen_k // BLOCK)
     expected = dense_tiles(window, [(seqlen_q, seqlen_k)], [0], [0], *sizes)
     for mine, other in zip(listed(found.kv, sizes), expected, strict=True):
@@ -103,26 +103,26 @@ def varlen_problem(lengths, **options):
     return make(case).problem()
 
 
-def test_structure_of_a_large_batch_is_small():
+def test_block_tables_of_a_large_batch_are_small():
     """128 sequences of 4096 tokens: a few MB; a dense table of blocks would have 64 MB for each of four lists."""
     lengths = Lengths(*(torch.full((128,), 4096, dtype=torch.int32),) * 2, 4096, 4096)
     total = 128 * 4096
     sides = [Aligned(cumulative([4096] * 128), total) for _ in range(2)]
     for window in (Window(None, 0), Window(512, 0)):
-        found = structure(window, sides[0].blocks, sides[1].blocks, lengths)
-        size = sum(x.numel() * x.itemsize for runs in found for x in runs)
+        found = block_tables(window, sides[0].blocks, sides[1].blocks, lengths)
+        size = sum(x.numel() * x.itemsize for x in found)
         assert size <= 2.5 * 2**20
     assert size <= 0.5 * 2**20  # a window's lists are as narrow as it
 
 
-def test_dense_structure_is_made_once():
+def test_dense_block_tables_are_made_once():
     arguments = Window(7, 0), 300, 200, torch.device("cpu")
-    assert _dense_structure(*arguments) is _dense_structure(*arguments)
+    assert _dense_block_tables(*arguments) is _dense_block_tables(*arguments)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_the_host_never_waits(dropout_p):
-    """On fake tensors, reading a value is an error: layouts and structure are made without it."""
+    """On fake tensors, reading a value is an error: layouts and block tables are made without it."""
     problem = varlen_problem([100, 0, 300], causal=True, dropout_p=dropout_p)
     with FakeTensorMode() as mode:
         tensors = [mode.from_tensor(x) for x in (problem.q, problem.k, problem.v)]
@@ -244,7 +244,7 @@ def test_strides(layout, monkeypatch):
 
 def test_it_says_why_it_cannot_serve():
     cpu, q = torch.device("cpu"), torch.randn(1, 4, 2, 8)
-    assert fused.why_not(cpu) == "it needs a CUDA device, and this is cpu"
+    assert fused.unsupported_reason(cpu) == "it needs a CUDA device, and this is cpu"
     with (
         use_engine("fused"),
         pytest.raises(RuntimeError, match=r"fused engine was asked for and cannot serve .* needs a CUDA device"),
@@ -274,7 +274,7 @@ def test_reasons_on_a_gpu(monkeypatch, capability, problem, reason):
         given_problem = Problem.of(q, q, q, None)
     elif problem is not None:
         given_problem = make(Case(((4, 4),), True, **problem)).problem()
-    found = fused.why_not(torch.device("cuda"), given_problem)
+    found = fused.unsupported_reason(torch.device("cuda"), given_problem)
     assert found is None if reason is None else reason in found
 
 
@@ -291,4 +291,4 @@ def test_serving_by_second_choice_is_said_once(monkeypatch, caplog):
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(attention, "capability_of", lambda device: (8, 0))
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
-    assert fused.why_not(torch.device("cuda")) == "Triton is not installed"
+    assert fused.unsupported_reason(torch.device("cuda")) == "Triton is not installed"

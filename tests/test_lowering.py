@@ -8,9 +8,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from compiled_fa import flash_attn_func, lowering, ops
-from compiled_fa import inductor as shared_inductor
-from compiled_fa.engines import aten
+from compiled_fa import flash_attn_func, inductor, lowering, ops
+from compiled_fa.engines import sdpa_cpu
 
 OURS = {torch.ops.compiled_fa.attention.default, torch.ops.compiled_fa.attention_backward.default}
 KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -55,9 +54,9 @@ def test_a_plain_call_is_the_kernels(causal):
 
 
 def test_of_a_compiled_call_one_direction_may_stay_ours(monkeypatch):
-    """Short bf16 calls are the aten engine's, their gradients the tiled one's."""
+    """Short bf16 calls are the sdpa_cpu engine's, their gradients the tiled one's."""
     torch._dynamo.reset()
-    monkeypatch.setattr(aten, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(sdpa_cpu, "fast_bfloat16", lambda: True)
     tensors = inputs(dtype=torch.bfloat16)
     with torch._inductor.config.patch(force_disable_caches=True):
         compiled, code = run_and_get_code(out_and_gradients, torch.compile(flash_attn_func), *tensors)
@@ -75,7 +74,7 @@ def test_which_calls_become_the_kernels(options):
     [
         ({}, {"softcap": 5.0}),
         ({}, {"window_left": 3}),
-        ({}, {"engine": "aten"}),
+        ({}, {"engine": "sdpa_cpu"}),
         ({"seqlen_q": 10}, {"causal": True}),  # the kernel's triangles are square
         ({"seqlen_q": 0}, {}),
         ({"head_dim_v": 12}, {}),
@@ -84,7 +83,7 @@ def test_which_calls_become_the_kernels(options):
     ],
 )
 def test_which_calls_stay_ours(monkeypatch, shapes, options):
-    monkeypatch.setattr(aten, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(sdpa_cpu, "fast_bfloat16", lambda: True)
     assert attention_in_graph(inputs(**shapes), **options) == OURS
 
 
@@ -117,7 +116,7 @@ def test_other_backends_see_the_op():
 def test_without_inductors_table_ops_stay_and_it_says_so(monkeypatch, caplog):
     monkeypatch.delattr("torch._inductor.decomposition.fast_random_decomps")
     monkeypatch.setattr(lowering, "_untold", {torch.ops.compiled_fa.attention.default: None})
-    monkeypatch.setattr(shared_inductor, "_said", set())
+    monkeypatch.setattr(inductor, "_said", set())
     with caplog.at_level(logging.WARNING, logger="compiled_fa"):
         lowering.tell_inductor()
         lowering.tell_inductor()

@@ -34,7 +34,7 @@ def test_tables_and_status_1_out_of_budget(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "OUT OF BUDGET" in out
     assert all(label in out for label in ("Python", "torch", "Triton", "C++ compiler", "device", "engine"))
-    assert "aten, then tiled (not fused: it needs a CUDA device, and this is cpu)" in out
+    assert "sdpa_cpu, then tiled (not fused: it needs a CUDA device, and this is cpu)" in out
 
 
 def test_unknown_case_is_refused(capsys):

@@ -114,10 +114,10 @@ def test_tiles_cover_what_the_mask_keeps_exactly_once(data):
 @given(
     st.lists(st.tuples(st.integers(0, 700), st.integers(0, 700)), max_size=50), st.integers(1, 8), st.integers(1, 40)
 )
-def test_chunks_hold_every_sequence_and_head_once(lengths, nheads_k, pairs):
+def test_chunks_hold_every_sequence_and_head_once(lengths, nheads_k, batch_heads):
     seen = []
-    for chunk in chunks.chunks(lengths, nheads_k, 2, lambda *_: Window(), lambda *_: TileSizes(64, 64, pairs)):
-        assert chunk.pairs <= max(pairs, 1)
+    for chunk in chunks.chunks(lengths, nheads_k, 2, lambda *_: Window(), lambda *_: TileSizes(64, 64, batch_heads)):
+        assert chunk.batch_heads <= max(batch_heads, 1)
         seen += [(s, h) for s in chunk.sequences for h in range(chunk.key_heads.start, chunk.key_heads.stop)]
         for s in chunk.sequences:
             for side, extremes in enumerate((chunk.lengths_q, chunk.lengths_k)):
@@ -128,7 +128,7 @@ def test_chunks_hold_every_sequence_and_head_once(lengths, nheads_k, pairs):
 
 @pytest.fixture
 def tiles_run(monkeypatch):
-    """Shape (pairs, queries, heads_per_key, keys) and dtype of every tile's scores, as tiles run."""
+    """Shape (batch_heads, queries, heads_per_key, keys) and dtype of every tile's scores, as tiles run."""
     ran = []
 
     def noting(step):

@@ -101,11 +101,11 @@ def tiled(config: Config, direction: Direction) -> Tiling:
     heads, head_dim = chunk.heads_per_key, config.head_dim
     if direction == "forward":
         tile_q, tile_k = min(chunk.tiles.queries, config.seqlen_q), min(chunk.tiles.keys, config.seqlen_k)
-        rows = chunk.pairs * heads * tile_q  # of a tile
+        rows = chunk.batch_heads * heads * tile_q  # of a tile
         scratch: Bytes = {"queries": rows * head_dim * size, "scores": rows * tile_k * size}
         view = tile_q == config.seqlen_q and dtype.itemsize == size and len(chunk.sequences) == 1
         for name in () if view else ("keys", "values"):
-            scratch[name] = chunk.pairs * config.seqlen_k * head_dim * size
+            scratch[name] = chunk.batch_heads * config.seqlen_k * head_dim * size
         scratch |= {"accumulator": rows * head_dim * wide, "row_max": rows * wide, "row_sum": rows * wide}
         if size != wide:
             scratch["product"] = rows * head_dim * size
@@ -113,15 +113,15 @@ def tiled(config: Config, direction: Direction) -> Tiling:
         tile_k = min(chunk.tiles.keys, config.seqlen_k)
         # Nobody's keys are needed by more queries than the first.
         tile_q = max(tile.stop - tile.start for tile in chunk.query_tiles(0, tile_k))
-        queries = chunk.pairs * heads * config.seqlen_q  # rows of the chunk
-        rows = chunk.pairs * heads * tile_q
+        queries = chunk.batch_heads * heads * config.seqlen_q  # rows of the chunk
+        rows = chunk.batch_heads * heads * tile_q
         scratch = dict.fromkeys(("queries", "dout"), queries * head_dim * size)
         scratch |= {"dq": queries * head_dim * wide, "lse": queries * wide, "delta": queries * wide}
-        scratch["out"] = chunk.pairs * heads * min(LARGEST, config.seqlen_q) * head_dim * wide
-        scratch |= dict.fromkeys(("keys", "values"), chunk.pairs * tile_k * head_dim * size)
-        scratch |= dict.fromkeys(("dk", "dv"), chunk.pairs * tile_k * head_dim * wide)
+        scratch["out"] = chunk.batch_heads * heads * min(LARGEST, config.seqlen_q) * head_dim * wide
+        scratch |= dict.fromkeys(("keys", "values"), chunk.batch_heads * tile_k * head_dim * size)
+        scratch |= dict.fromkeys(("dk", "dv"), chunk.batch_heads * tile_k * head_dim * wide)
         scratch |= dict.fromkeys(("scores", "dprobs"), rows * tile_k * size)
-        scratch["product"] = max(rows, chunk.pairs * tile_k if size != wide else 0) * head_dim * size
+        scratch["product"] = max(rows, chunk.batch_heads * tile_k if size != wide else 0) * head_dim * size
     return Tiling(tile_q, tile_k, chunk.heads_per_key, size, scratch)
 
 

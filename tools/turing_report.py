@@ -217,7 +217,7 @@ NEAR = 0.9  # of the best bound: what hides latency is worth more than the rest
 
 
 def grid(direction: Direction, head_dim: int) -> list[Options]:
-    """The options that are tried: tiles that divide the block structure's 128, and each other where the template's
+    """The options that are tried: tiles that divide the block size, 128, and each other where the template's
     loops need it, with accumulators that may fit in the registers; small tiles and no pipeline where those are
     scarce."""
     scarce = head_dim >= 128

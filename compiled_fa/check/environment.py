@@ -22,7 +22,7 @@ def _engines(asked_for: str, device: torch.device) -> str:
     """Those that serve the device, each what the ones before it leave, and why others do not."""
     if asked_for != "auto":
         return "{} ({})".format(*engines.choose(asked_for, device))
-    refusals = {name: engine.why_not(device) for name, engine in engines.ENGINES.items()}
+    refusals = {name: engine.unsupported_reason(device) for name, engine in engines.ENGINES.items()}
     serving = ", then ".join(name for name, reason in refusals.items() if reason is None)
     others = "; ".join(f"not {name}: {reason}" for name, reason in refusals.items() if reason is not None)
     return f"{serving} ({others})" if others else serving
@@ -42,5 +42,7 @@ def describe(device: torch.device, engine: str) -> dict[str, str]:
         "device": f"{device} ({hardware}), {torch.get_num_threads()} threads",
         "compute capability": capability,
         "engine": _engines(engine, device),
-        "compiled steps": inductor.why_not() or "yes, by Inductor" if device.type == "cpu" else "no, plain PyTorch ops",
+        "compiled steps": inductor.eager_reason() or "yes, by Inductor"
+        if device.type == "cpu"
+        else "no, plain PyTorch ops",
     }

@@ -1,7 +1,8 @@
 """The engines, and which of them serves a call.
 
-An engine is a module with `forward(problem)` and `backward(problem, dout, out, lse, dlse)`; `why_not(device, problem)`
-tells why it cannot serve, and `slower(problem, direction)` whether it leaves a call to the engines after it.
+An engine is a module with `forward(problem)` and `backward(problem, dout, out, lse, dlse)`;
+`unsupported_reason(device, problem)` tells why it cannot serve, and `defers(problem, direction)` whether it leaves a
+call to the engines after it.
 Engines never import each other; what they share is the score program and the problem.
 """
 
@@ -16,10 +17,10 @@ import torch
 
 from ..inductor import say_once
 from ..problem import Direction, Problem
-from . import aten, fused, tiled
+from . import fused, sdpa_cpu, tiled
 
 # In the order of preference: the first that can serve a device does.
-ENGINES: dict[str, ModuleType] = {"fused": fused, "aten": aten, "tiled": tiled}
+ENGINES: dict[str, ModuleType] = {"fused": fused, "sdpa_cpu": sdpa_cpu, "tiled": tiled}
 
 FIRST_CHOICE = "first choice"
 
@@ -62,14 +63,14 @@ def choose(
     One asked for by name serves or raises RuntimeError.
     """
     if _known(name, "engine") != "auto":
-        reason = ENGINES[name].why_not(device, problem)
+        reason = ENGINES[name].unsupported_reason(device, problem)
         if reason is not None:
             raise RuntimeError(f"the {name} engine was asked for and cannot serve this call: {reason}")
         return name, "asked for by name"
     refusals: list[str] = []
     for candidate, engine in ENGINES.items():
-        reason = engine.why_not(device, problem)
-        if reason is None and problem is not None and engine.slower(problem, direction):
+        reason = engine.unsupported_reason(device, problem)
+        if reason is None and problem is not None and engine.defers(problem, direction):
             reason = "another is faster"
         if reason is None:
             return candidate, "; ".join(refusals) or FIRST_CHOICE
@@ -82,10 +83,10 @@ def inlined(name: str, problem: Problem, direction: Direction) -> ModuleType | N
 
     One asked for by name is asked when the op is called.
     """
-    if name != "auto" or not aten.is_one_call(problem):
+    if name != "auto" or not sdpa_cpu.is_one_call(problem):
         return None
     chosen, _ = choose(name, problem.q.device, problem, direction)
-    return aten if chosen == "aten" else None
+    return sdpa_cpu if chosen == "sdpa_cpu" else None
 
 
 def serving(name: str, problem: Problem, direction: Direction) -> ModuleType:

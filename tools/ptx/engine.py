@@ -4,7 +4,7 @@
         out, lse = fused.forward(problem)  # tensors on the CPU
     print(launches[-1].kernel.name, launches[-1].counters.global_bytes)
 
-All of the engine is its own: layouts, block structure, specs with Turing's options. Only `flex.run` is replaced: its
+All of the engine is its own: layouts, block tables, specs with Turing's options. Only `flex.run` is replaced: its
 graph is compiled for a T4 in a process that believes in one, and the wrapper that Inductor generated, which allocates
 buffers and launches kernels, is executed here with launches that go to the interpreter.
 

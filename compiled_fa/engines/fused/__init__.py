@@ -9,6 +9,6 @@ flex.py       the template's operators, and their compilation
 options.py    tile sizes, warps and stages
 """
 
-from .attention import backward, forward, slower, why_not
+from .attention import backward, defers, forward, unsupported_reason
 
-__all__ = ["backward", "forward", "slower", "why_not"]
+__all__ = ["backward", "defers", "forward", "unsupported_reason"]

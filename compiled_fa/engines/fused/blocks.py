@@ -1,4 +1,4 @@
-"""Which tiles of the score matrix exist, and which are full: flex_attention's block structure, from lengths alone.
+"""Which tiles of the score matrix exist, and which are full: flex_attention's block tables, from lengths alone.
 
 A block is BLOCK queries of one sequence, or BLOCK of its keys. What a block of queries sees is an interval of keys
 (scores/masks.py), so its tiles are a run of key blocks: those in the middle full, those at the rims partial. All of
@@ -34,13 +34,13 @@ class Blocks(NamedTuple):
     length: Tensor
 
 
-class Runs(NamedTuple):
+class BlockIndices(NamedTuple):
     """For each block of one side, blocks of the other: int32 counts (1, 1, blocks), indices (1, 1, blocks, width)."""
 
-    partial_count: Tensor
-    partial: Tensor
-    full_count: Tensor
-    full: Tensor
+    num_blocks: Tensor
+    indices: Tensor
+    full_num_blocks: Tensor
+    full_indices: Tensor
 
 
 class Lengths(NamedTuple):
@@ -52,11 +52,26 @@ class Lengths(NamedTuple):
     max_k: int
 
 
-class Structure(NamedTuple):
-    """kv: the key blocks of each query block. q: the query blocks of each key block."""
+class BlockTables(NamedTuple):
+    """flex_attention's BlockMask, by its names and in its order: the key blocks of each query block (kv), then the
+    query blocks of each key block (q); of both the partial ones, then the full ones."""
 
-    kv: Runs
-    q: Runs
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_num_blocks: Tensor
+    q_indices: Tensor
+    full_q_num_blocks: Tensor
+    full_q_indices: Tensor
+
+    @property
+    def kv(self) -> BlockIndices:
+        return BlockIndices(*self[:4])
+
+    @property
+    def q(self) -> BlockIndices:
+        return BlockIndices(*self[4:])
 
 
 def blocks_of(lengths: Tensor, count: int) -> Blocks:
@@ -68,13 +83,13 @@ def blocks_of(lengths: Tensor, count: int) -> Blocks:
     return Blocks(batch, first, (lengths[batch] - first).clamp(0, BLOCK))
 
 
-def structure(window: Window, q: Blocks, k: Blocks, lengths: Lengths) -> Structure:
+def block_tables(window: Window, q: Blocks, k: Blocks, lengths: Lengths) -> BlockTables:
     """Both directions: the key blocks of each query block, and the query blocks of each key block."""
     reach = None if window.left is None or window.right is None else int(window.left) + int(window.right) + 1
     # Queries see keys: query i stands at position i + shift.
     seqlen_k, shift = lengths.k[q.batch], (lengths.k - lengths.q)[q.batch]
     first, last = q.first + shift, q.first + q.length - 1 + shift
-    kv = _runs(
+    kv = _block_indices(
         window.keys_seen_by_any(first, last, seqlen_k),
         window.keys_seen_by_all(first, last, seqlen_k),
         q.length > 0,
@@ -89,7 +104,7 @@ def structure(window: Window, q: Blocks, k: Blocks, lengths: Lengths) -> Structu
     last = k.first + k.length - 1
     start, stop = window.positions_that_see_any(k.first, last, shift, shift + seqlen_q)
     full_start, full_stop = window.positions_that_see_all(k.first, last, shift, shift + seqlen_q)
-    q_of_k = _runs(
+    q_of_k = _block_indices(
         (start - shift, stop - shift),
         (full_start - shift, full_stop - shift),
         k.length > 0,
@@ -99,7 +114,7 @@ def structure(window: Window, q: Blocks, k: Blocks, lengths: Lengths) -> Structu
         whole=k.length == BLOCK,
         end_needs_mask=False,
     )
-    return Structure(kv, q_of_k)
+    return BlockTables(*kv, *q_of_k)
 
 
 def first_block(lengths: Tensor) -> Tensor:
@@ -114,7 +129,7 @@ def _width(longest: int, reach: int | None) -> int:
     return max(1, blocks if reach is None else min(blocks, (reach + BLOCK - 2) // BLOCK + 2))
 
 
-def _runs(
+def _block_indices(
     needed: Sequence[Tensor],
     full: Sequence[Tensor],
     exists: Tensor,
@@ -123,7 +138,7 @@ def _runs(
     width: int,
     whole: Tensor,
     end_needs_mask: bool,
-) -> Runs:
+) -> BlockIndices:
     """Intervals of the other side's rows -> its blocks.
 
     exists: whether this side's block has rows; whole: whether any of its tiles may be full. length: of the other side's
@@ -142,7 +157,7 @@ def _runs(
     before = full_start - start  # partial blocks before the full ones; the others come behind them
     column = torch.arange(width, dtype=torch.int32, device=first.device)
     partial = torch.where(column < before[:, None], start[:, None] + column, (full_stop - before)[:, None] + column)
-    return Runs(
+    return BlockIndices(
         *_placed(partial, before + (stop - full_stop), first),
         *_placed(full_start[:, None] + column, full_stop - full_start, first),
     )

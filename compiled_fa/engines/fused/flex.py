@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ... import inductor
 from ...problem import Direction
-from .blocks import BLOCK, Structure
+from .blocks import BLOCK
 from .mods import Features, Mods
 
 LOG2E = math.log2(math.e)  # the template's lse is in base 2
@@ -60,7 +60,7 @@ class Spec:
     options: tuple[tuple[str, int], ...] = ()
 
     def graph(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The function that is compiled, of (q, k, v, [dout, lse, delta], 8 block tensors, buffers)."""
+        """The function that is compiled, of (q, k, v, [dout, lse, delta], 8 BlockTables, buffers)."""
         return _forward(self) if self.direction == "forward" else _backward(self)
 
     def example_inputs(self, device: str, size: Callable[[str, int], Any]) -> list[Tensor]:
@@ -112,19 +112,13 @@ def run(spec: Spec, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(call(list(inputs)))
 
 
-def flat(structure: Structure) -> list[Tensor]:
-    """The block tensors in the order of the graphs: counts and indices, partial then full, of q's blocks then of
-    k's."""
-    return [*structure.kv, *structure.q]
-
-
 def _operators() -> Any:
     # torch._higher_order_ops has a function of the module's name, which an import statement would find.
     return sys.modules["torch._higher_order_ops.flex_attention"]
 
 
 def _block_mask(mods: Mods, q: Tensor, k: Tensor, blocks: Sequence[Tensor]) -> tuple[Any, ...]:
-    make: Any = BlockMask  # whose __init__ takes the eight in the order of `flat`
+    make: Any = BlockMask  # whose __init__ takes the eight in the order of BlockTables
     mask = make((q.shape[2], k.shape[2]), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mods.mask)
     return (*mask.as_tuple()[:-1], mods.mask)
 

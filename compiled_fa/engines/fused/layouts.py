@@ -1,4 +1,4 @@
-"""A call's tensors as the template takes them: (batch, heads, rows, head_dim), with a block structure and buffers."""
+"""A call's tensors as the template takes them: (batch, heads, rows, head_dim), with block tables and buffers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from ...problem import Problem
 from ...scores import Window
 from .aligned import Aligned
-from .blocks import BLOCK, Lengths, Structure, blocks_of, structure
+from .blocks import BLOCK, BlockTables, Lengths, block_tables, blocks_of
 from .mods import Features
 
 SMALLEST_HEAD_DIM = 16  # tl.dot takes no less: smaller ones are padded with zeros
 
 
 class Layout(Protocol):
-    """`load` and `store` bring rows of q, k, v, ... into this layout and back; `structure` and `buffers` go with it."""
+    """`load` and `store` bring rows of q, k, v, ... into this layout and back; tables and buffers go with it."""
 
     features: Features
-    structure: Structure
+    block_tables: BlockTables
     buffers: dict[str, Tensor]
     divisible: bool
 
@@ -61,7 +61,7 @@ def _features(
 
 
 class DenseLayout:
-    """Views: (B, S, H, D) with heads and rows swapped. The block structure is that of one sequence, for all of them."""
+    """Views: (B, S, H, D) with heads and rows swapped. The block tables are those of one sequence, for all of them."""
 
     def __init__(self, problem: Problem) -> None:
         seqlen_q, seqlen_k = problem.q.shape[1], problem.k.shape[1]
@@ -69,8 +69,8 @@ class DenseLayout:
         batch = torch.arange(problem.batch, dtype=torch.int32, device=problem.q.device)[:, None, None]
         q_idx = torch.arange(seqlen_q, dtype=torch.int32, device=problem.q.device)
         self.features, self.buffers = _features(problem, False, square, batch, q_idx)
-        make = _dense_structure if _on_default_stream(problem.q.device) else _dense_structure.__wrapped__
-        self.structure = make(problem.window, seqlen_q, seqlen_k, problem.q.device)
+        make = _dense_block_tables if _on_default_stream(problem.q.device) else _dense_block_tables.__wrapped__
+        self.block_tables = make(problem.window, seqlen_q, seqlen_k, problem.q.device)
         self.divisible = seqlen_q % BLOCK == 0 and seqlen_k % BLOCK == 0
         if not square:
             self.buffers["shift"] = torch.full((), seqlen_k - seqlen_q, dtype=torch.int32, device=problem.q.device)
@@ -89,16 +89,16 @@ class DenseLayout:
 
 
 def _on_default_stream(device: torch.device) -> bool:
-    """Only there structures are cached: another stream would not wait for them, and a CUDA graph owns what it makes."""
+    """Only there tables are cached: another stream would not wait for them, and a CUDA graph owns what it makes."""
     return device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 @functools.lru_cache(maxsize=256)
-def _dense_structure(window: Window, seqlen_q: int, seqlen_k: int, device: torch.device) -> Structure:
+def _dense_block_tables(window: Window, seqlen_q: int, seqlen_k: int, device: torch.device) -> BlockTables:
     lengths_q, lengths_k = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (seqlen_q, seqlen_k))
     lengths = Lengths(lengths_q, lengths_k, seqlen_q, seqlen_k)
     blocks = [blocks_of(x, -(-n // BLOCK)) for x, n in ((lengths_q, seqlen_q), (lengths_k, seqlen_k))]
-    return structure(window, blocks[0], blocks[1], lengths)
+    return block_tables(window, blocks[0], blocks[1], lengths)
 
 
 class AlignedLayout:
@@ -117,7 +117,7 @@ class AlignedLayout:
         self._q = Aligned(packed.cu_seqlens_q, problem.q.shape[0])
         self._k = Aligned(packed.cu_seqlens_k, total_k, pages)
         lengths = Lengths(self._q.lengths, self._k.lengths, packed.max_seqlen_q, packed.max_seqlen_k)
-        self.structure = structure(problem.window, self._q.blocks, self._k.blocks, lengths)
+        self.block_tables = block_tables(problem.window, self._q.blocks, self._k.blocks, lengths)
         self.features, self.buffers = _features(problem, True, False, self._q.batch[None, None], self._q.index)
         self.buffers |= {"seqlens_q": self._q.lengths, "seqlens_k": self._k.lengths, "q_batch": self._q.batch}
         self.buffers |= {"q_index": self._q.index, "k_batch": self._k.batch, "k_index": self._k.index}

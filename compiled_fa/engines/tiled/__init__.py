@@ -12,7 +12,7 @@ products.py   matrix products and their dtype
 rows.py       reading and writing rows of dense, packed and paged tensors
 tiles.py      tile sizes
 scratch.py    buffers that outlive a call
-inductor.py   steps compiled by Inductor, and what happens where they cannot be
+step_compiler.py  steps compiled by Inductor, and what happens where they cannot be
 """
 
 import torch
@@ -22,14 +22,14 @@ from .backward import backward
 from .forward import forward
 from .tiles import TileSizes
 
-__all__ = ["TileSizes", "backward", "forward", "slower", "why_not"]
+__all__ = ["TileSizes", "backward", "defers", "forward", "unsupported_reason"]
 
 
-def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
+def unsupported_reason(device: torch.device, problem: Problem | None = None) -> str | None:
     """Why this engine cannot serve a device, or a call on it; None: it can. It serves them all."""
     return None
 
 
-def slower(problem: Problem, direction: Direction) -> bool:
+def defers(problem: Problem, direction: Direction) -> bool:
     """Is another engine faster at a call that this one could serve? There is none after it."""
     return False

@@ -46,25 +46,29 @@ def _backward_chunk(
     dv: Tensor,
 ) -> None:
     problem, scratch = call.problem, call.scratch
-    pairs, heads, dtype = chunk.pairs, chunk.heads_per_key, call.product_dtype(chunk.lengths_q[1], chunk.lengths_k[1])
+    batch_heads, heads, dtype = (
+        chunk.batch_heads,
+        chunk.heads_per_key,
+        call.product_dtype(chunk.lengths_q[1], chunk.lengths_k[1]),
+    )
     q_total, head_dim = chunk.lengths_q[1], problem.q.shape[-1]
     # The query side of the whole chunk stays at hand, and dQ grows beside it: the outer loop is over keys.
     at = call.indices(chunk)
     queries = call.load_queries("queries", problem.q, chunk, 0, q_total, dtype)
     douts = call.load_queries("dout", dout, chunk, 0, q_total, dtype)
-    lses = call.load_queries("lse", call.as_rows(lse), chunk, 0, q_total).view(pairs, q_total, heads)
+    lses = call.load_queries("lse", call.as_rows(lse), chunk, 0, q_total).view(batch_heads, q_total, heads)
     lses.masked_fill_(lses == -inf, inf)
-    deltas = _deltas(call, chunk, douts, out, dlse).view(pairs, q_total, heads)
-    tile_dq = scratch.take("dq", (pairs, q_total * heads, head_dim), call.dtype).zero_()
+    deltas = _deltas(call, chunk, douts, out, dlse).view(batch_heads, q_total, heads)
+    tile_dq = scratch.take("dq", (batch_heads, q_total * heads, head_dim), call.dtype).zero_()
     for k_start, k_stop in chunk.key_spans():
         keys = call.load_keys("keys", problem.k, chunk, k_start, k_stop, dtype)
         values = call.load_keys("values", problem.v, chunk, k_start, k_stop, dtype)
         # Transposed, because a short and wide product is faster than a tall and narrow one.
-        dk_sum = Sum(scratch.take("dk", (pairs, head_dim, k_stop - k_start), call.dtype), scratch)
-        dv_sum = Sum(scratch.take("dv", (pairs, values.shape[-1], k_stop - k_start), call.dtype), scratch)
+        dk_sum = Sum(scratch.take("dk", (batch_heads, head_dim, k_stop - k_start), call.dtype), scratch)
+        dv_sum = Sum(scratch.take("dv", (batch_heads, values.shape[-1], k_stop - k_start), call.dtype), scratch)
         for q_start, q_stop, masked in chunk.query_tiles(k_start, k_stop):
             rows = slice(q_start * heads, q_stop * heads)
-            shape = (pairs, q_stop - q_start, heads, k_stop - k_start)
+            shape = (batch_heads, q_stop - q_start, heads, k_stop - k_start)
             scores, dprobs = scratch.take("scores", shape, dtype), scratch.take("dprobs", shape, dtype)
             flat_scores, flat_dprobs = scores.flatten(1, 2), dprobs.flatten(1, 2)
             torch.bmm(queries[:, rows], keys.mT, out=flat_scores)  # line 10: S = Q Kᵀ
@@ -73,7 +77,7 @@ def _backward_chunk(
             chosen = slice(q_start, q_stop)
             call.kernels.gradient_step(scores, dprobs, lses[:, chosen], deltas[:, chosen], indices, masked)
             dv_sum.add(douts[:, rows].mT, flat_scores)  # line 12: dVᵀ += dOᵀ P
-            dq_product = scratch.take("product", (pairs, rows.stop - rows.start, head_dim), dtype)
+            dq_product = scratch.take("product", (batch_heads, rows.stop - rows.start, head_dim), dtype)
             tile_dq[:, rows].add_(torch.bmm(flat_dprobs, keys, out=dq_product))  # line 15: dQ += dS K
             dk_sum.add(queries[:, rows].mT, flat_dprobs)  # line 16: dKᵀ += Qᵀ dS
         call.store_keys(dk, chunk, k_start, k_stop, dk_sum.finished().mT)
@@ -82,7 +86,7 @@ def _backward_chunk(
 
 
 def _deltas(call: Call, chunk: Chunk, douts: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
-    """D = rowsum(dO * O) (line 4), less the gradient of lse: (pairs, rows of the chunk's queries)."""
+    """D = rowsum(dO * O) (line 4), less the gradient of lse: (batch_heads, rows of the chunk's queries)."""
     deltas = call.scratch.take("delta", tuple(douts.shape[:2]), call.dtype)
     heads = chunk.heads_per_key
     for start, stop in spans(0, chunk.lengths_q[1], LARGEST):

@@ -23,8 +23,9 @@ from .tiles import HALF_MULTIPLE, LARGEST, TileSizes, choose
 class Call:
     """Loads and stores tiles, with pairs of (sequence, key head) before rows.
 
-    A tile of queries is (pairs, queries * heads_per_key, head_dim): the query heads that read one key head lie side by
-    side, so that GQA is a taller product and never a copy of k or v, and queries start to stop are consecutive rows.
+    A tile of queries is (batch_heads, queries * heads_per_key, head_dim): the query heads that read one key head lie
+    side by side, so that GQA is a taller product and never a copy of k or v, and queries start to stop are consecutive
+    rows.
     """
 
     def __init__(self, problem: Problem, tiles: TileSizes | None) -> None:
@@ -125,14 +126,14 @@ class Call:
     def load_queries(
         self, name: str, tensor: Tensor, chunk: Chunk, start: int, stop: int, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Rows of q, dout, ... -> (pairs, rows * heads_per_key, columns) in scratch `name`."""
-        shape = (chunk.pairs, (stop - start) * chunk.heads_per_key, tensor.shape[-1])
+        """Rows of q, dout, ... -> (batch_heads, rows * heads_per_key, columns) in scratch `name`."""
+        shape = (chunk.batch_heads, (stop - start) * chunk.heads_per_key, tensor.shape[-1])
         tile = self.scratch.take(name, shape, dtype or self.dtype)
         self._query_rows.load(tile, tensor, chunk.sequences, start, stop, chunk.query_heads)
         return tile
 
     def store_queries(self, tensor: Tensor, chunk: Chunk, start: int, stop: int, tile: Tensor) -> None:
-        """(pairs, rows * heads_per_key, columns) -> rows of dq, out, ..."""
+        """(batch_heads, rows * heads_per_key, columns) -> rows of dq, out, ..."""
         self._query_rows.store(tile, tensor, chunk.sequences, start, stop, chunk.query_heads)
 
     def load_keys(
@@ -145,18 +146,18 @@ class Call:
         dtype: torch.dtype | None = None,
         used_once: bool = False,
     ) -> Tensor:
-        """Rows of k or v -> (pairs, rows, head_dim): in scratch `name`, or a view where a copy would not pay."""
+        """Rows of k or v -> (batch_heads, rows, head_dim): in scratch `name`, or a view where a copy would not pay."""
         dtype = dtype or self.dtype
         if used_once and tensor.dtype == dtype and len(chunk.sequences) == 1:
             rows = self._key_rows.view(tensor, chunk.sequences, start, stop, chunk.key_heads)
             if rows is not None:
                 return rows[0].transpose(0, 1)
-        tile = self.scratch.take(name, (chunk.pairs, stop - start, tensor.shape[-1]), dtype)
+        tile = self.scratch.take(name, (chunk.batch_heads, stop - start, tensor.shape[-1]), dtype)
         self._key_rows.load(tile, tensor, chunk.sequences, start, stop, chunk.key_heads)
         return tile
 
     def store_keys(self, tensor: Tensor, chunk: Chunk, start: int, stop: int, tile: Tensor) -> None:
-        """(pairs, rows, head_dim) -> rows of dk or dv."""
+        """(batch_heads, rows, head_dim) -> rows of dk or dv."""
         self._key_rows.store(tile, tensor, chunk.sequences, start, stop, chunk.key_heads)
 
     def indices(self, chunk: Chunk) -> Callable[[int, int, int, int], Indices]:

@@ -50,7 +50,7 @@ class Chunk:
     tiles: TileSizes
 
     @property
-    def pairs(self) -> int:
+    def batch_heads(self) -> int:
         return len(self.sequences) * int(self.key_heads.stop - self.key_heads.start)
 
     @property
@@ -134,8 +134,8 @@ def chunks(
     """
     for (seqlen_q, seqlen_k), members in _groups(lengths).items():
         tiles = sizes(seqlen_q, seqlen_k)
-        at_once = max(1, tiles.pairs // nheads_k)
-        heads_at_once = min(nheads_k, tiles.pairs)
+        at_once = max(1, tiles.batch_heads // nheads_k)
+        heads_at_once = min(nheads_k, tiles.batch_heads)
         for first in range(0, len(members), at_once):
             sequences = members[first : first + at_once]
             q = [lengths[s][0] for s in sequences]

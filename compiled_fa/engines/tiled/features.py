@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...inductor import Size
 from ...scores import Dropout, ScoreProgram, Window
-from .inductor import example
+from .step_compiler import example
 
 NO_SEED = torch.empty(0, dtype=torch.int32)  # rows come hashed
 UNBOUNDED = 1 << 30  # a window's side where it has none, in compiled code; positions stay far below

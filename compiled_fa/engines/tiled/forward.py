@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from . import direct
+from . import split_kv
 from .call import Call
 from .chunks import Chunk
 from .keys import Keys
@@ -22,7 +22,7 @@ def forward(problem: Problem, tiles: TileSizes | None = None) -> tuple[Tensor, T
 
     tiles: sizes to use in place of those of tiles.py.
     """
-    found = direct.forward(problem) if tiles is None else None
+    found = split_kv.forward(problem) if tiles is None else None
     if found is not None:
         return found
     call = Call(problem, tiles)
@@ -42,7 +42,7 @@ def _forward_chunk(call: Call, chunk: Chunk, out: Tensor, lse: Tensor) -> None:
     keys_and_values, at = Keys(call, chunk, dtype), call.indices(chunk)
     for q_start, q_stop in chunk.query_spans():
         queries = call.load_queries("queries", call.problem.q, chunk, q_start, q_stop, dtype)
-        shape = (chunk.pairs, q_stop - q_start, chunk.heads_per_key)
+        shape = (chunk.batch_heads, q_stop - q_start, chunk.heads_per_key)
         row_max = scratch.take("row_max", shape, call.dtype).fill_(-inf)
         row_sum = scratch.take("row_sum", shape, call.dtype).zero_()
         accumulator = scratch.take("accumulator", (*shape, head_dim_v), call.dtype)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...inductor import Compiled, Size
 from ...scores import ScoreProgram
-from . import inductor, steps
+from . import step_compiler, steps
 from .features import Features, example_numbers, numbers, rebuilt
-from .inductor import example
+from .step_compiler import example
 from .steps import Indices
 
 TILE, ROWS = ("p", "m", "g", "n"), ("p", "m", "g")  # shapes, in the words of steps.py
@@ -118,8 +118,8 @@ def _softmax_kernel(features: Features) -> Compiled | None:
 
     # The row's maximum and its sum are two loops: a capped score is kept between them, and not made twice.
     kept = {"realize_opcount_threshold": KEEP_SCORE} if features.softcap and not features.masked else {}
-    return inductor.compiled(
-        ("softmax", features), inductor.writing(step), examples, f"a forward step ({features.words})", **kept
+    return step_compiler.compiled(
+        ("softmax", features), step_compiler.writing(step), examples, f"a forward step ({features.words})", **kept
     )
 
 
@@ -135,6 +135,6 @@ def _gradient_kernel(features: Features) -> Compiled | None:
 
     # All in one loop: nothing needs to be kept.
     kept = {"realize_opcount_threshold": KEEP_NOTHING}
-    return inductor.compiled(
-        ("gradient", features), inductor.writing(step), examples, f"a backward step ({features.words})", **kept
+    return step_compiler.compiled(
+        ("gradient", features), step_compiler.writing(step), examples, f"a backward step ({features.words})", **kept
     )

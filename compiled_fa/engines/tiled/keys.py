@@ -11,7 +11,7 @@ from .tiles import thin
 
 
 class Keys:
-    """tile(start, stop) -> keys and values start to stop, each (pairs, rows, head_dim).
+    """tile(start, stop) -> keys and values start to stop, each (batch_heads, rows, head_dim).
 
     Held: copied, heads first, before the first tile. Where one tile of queries is all, a view does as well for products
     in fp32; products in bf16 copy, slowly, what does not lie side by side. Few queries on many keys, as in decoding,

@@ -56,15 +56,15 @@ class DenseRows:
 
     def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
         rows = self.view(tensor, sequences, start, stop, heads)
-        pairs = tile.shape[0] // len(sequences)
-        _by_rows(tile, rows, pairs).copy_(_split(rows, pairs))
+        batch_heads = tile.shape[0] // len(sequences)
+        _by_rows(tile, rows, batch_heads).copy_(_split(rows, batch_heads))
 
     def store(
         self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
     ) -> None:
         rows = self.view(tensor, sequences, start, stop, heads)
-        pairs = tile.shape[0] // len(sequences)
-        _split(rows, pairs).copy_(_by_rows(tile, rows, pairs))
+        batch_heads = tile.shape[0] // len(sequences)
+        _split(rows, batch_heads).copy_(_by_rows(tile, rows, batch_heads))
 
 
 class PackedRows:
@@ -92,11 +92,11 @@ class PackedRows:
 
     def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
         rows = self.view(tensor, sequences, start, stop, heads)
-        pairs = tile.shape[0] // len(sequences)
+        batch_heads = tile.shape[0] // len(sequences)
         if rows is not None:
-            _by_rows(tile, rows, pairs).copy_(_split(rows, pairs))
+            _by_rows(tile, rows, batch_heads).copy_(_split(rows, batch_heads))
             return
-        flat, places, missing = self._places(tensor, sequences, start, stop, heads, pairs)
+        flat, places, missing = self._places(tensor, sequences, start, stop, heads, batch_heads)
         into = tile.view(-1, tensor.shape[-1])
         if tile.dtype == tensor.dtype:
             torch.index_select(flat, 0, places, out=into)
@@ -109,11 +109,11 @@ class PackedRows:
         self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice
     ) -> None:
         rows = self.view(tensor, sequences, start, stop, heads)
-        pairs = tile.shape[0] // len(sequences)
+        batch_heads = tile.shape[0] // len(sequences)
         if rows is not None:
-            _split(rows, pairs).copy_(_by_rows(tile, rows, pairs))
+            _split(rows, batch_heads).copy_(_by_rows(tile, rows, batch_heads))
             return
-        flat, places, missing = self._places(tensor, sequences, start, stop, heads, pairs)
+        flat, places, missing = self._places(tensor, sequences, start, stop, heads, batch_heads)
         values = tile.reshape(-1, tensor.shape[-1]).to(tensor.dtype)
         if missing is None:
             flat.index_copy_(0, places, values)
@@ -121,7 +121,7 @@ class PackedRows:
             flat.index_copy_(0, places[~missing], values[~missing])
 
     def _places(
-        self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, pairs: int
+        self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice, batch_heads: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Memory as (., head_dim), which of it every row and head of a tile is, and which of these are missing."""
         tensor = self._regular(tensor)
@@ -131,11 +131,11 @@ class PackedRows:
         if self._tables_of is not sequences:  # tables are for the tensors of one chunk
             self._tables_of = sequences
             self._tables.clear()
-        key = (start, stop, heads.start, heads.stop, pairs, strides[:-1], head_dim)
+        key = (start, stop, heads.start, heads.stop, batch_heads, strides[:-1], head_dim)
         if key not in self._tables:
             row, exists = self._rows(sequences, start, stop, [stride // head_dim for stride in strides[:-2]])
             head = torch.arange(heads.start, heads.stop, device=row.device) * (strides[-2] // head_dim)
-            places = row[:, None, :, None] + head.view(pairs, 1, -1)
+            places = row[:, None, :, None] + head.view(batch_heads, 1, -1)
             missing = None if exists is None else ~exists[:, None, :, None].expand(places.shape).flatten()
             self._tables[key] = places.flatten(), missing
         return flat, *self._tables[key]

@@ -1,8 +1,8 @@
 """Tile sizes, all of them.
 
-A tile is `pairs` (sequence, key head) pairs side by side, `queries` queries of every query head that reads that key
-head, and `keys` keys. Its fp32 scores should stay in the cores' L2 caches between the product that writes them, the
-step that exponentiates them and the product that reads them.
+A tile is `batch_heads` pairs of (sequence, key head) side by side, `queries` queries of every query head that reads
+that key head, and `keys` keys. Its fp32 scores should stay in the cores' L2 caches between the product that writes
+them, the step that exponentiates them and the product that reads them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TileSizes:
 
     queries: int
     keys: int
-    pairs: int
+    batch_heads: int
     multiple: int = 1
 
 
@@ -86,5 +86,5 @@ def choose(
     # Copies that a pair holds, in rows: k and v; or q and dout, and dq.
     copied = seqlen_k if direction == "forward" else 2 * heads_per_key * seqlen_q
     scores = max(1, heads_per_key * queries * keys * itemsize)
-    pairs = min(SCORES * torch.get_num_threads() // scores, CHUNK_BYTES // max(1, copied * head_dims * itemsize))
-    return TileSizes(queries, keys, max(1, pairs), multiple)
+    batch_heads = min(SCORES * torch.get_num_threads() // scores, CHUNK_BYTES // max(1, copied * head_dims * itemsize))
+    return TileSizes(queries, keys, max(1, batch_heads), multiple)

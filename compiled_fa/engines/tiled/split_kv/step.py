@@ -1,16 +1,16 @@
-"""The steps: scores, softmax and weighted values of parts of the keys, and of a sequence's parts together.
+"""The steps: scores, softmax and weighted values of splits of the keys, and of a sequence's splits together.
 
-    b sequences   x parts   n keys of a part, in pieces   m queries   h key heads   g query heads for each   r = (m, g)
+    b sequences   x splits   n keys of a split, in runs   m queries   h key heads   g query heads for each   r = (m, g)
 
 Inductor makes loops of them that read k and v about as fast as memory gives them (bench/NOTES.md), because
 
 - sums of their own, for each row r and for each slice of v's head_dim, become one loop, which loads a key or a value
   once for all of them, and all of a head's values together;
 - shapes that decide how a loop looks are fixed: rows, head_dims. Others are symbolic;
-- queries and parts are found by an index on windows of memory, which overlap, so that rows within a part are plain
+- queries and splits are found by an index on windows of memory, which overlap, so that rows within a split are plain
   strides.
 
-What lies where a part has no key is never multiplied: it may be anything, NaN too.
+What lies where a split has no key is never multiplied: it may be anything, NaN too.
 
 Private API: Inductor's config in CONFIG and aten::_unsafe_index, tried with torch 2.11.0, 2.13.0 and 2.15.0; where they
 are missing, the compilation fails, a warning says so once, and tiles serve.
@@ -28,10 +28,10 @@ from torch import Tensor
 
 from ....inductor import Compiled, Size
 from ....scores import ScoreProgram
-from .. import inductor
+from .. import step_compiler
 from ..features import Features, example_numbers, rebuilt
-from ..inductor import example
-from .parts import Parts
+from ..step_compiler import example
+from .split_table import SplitTable
 
 SUMS = 16  # at once, in a loop: as many as there are registers for
 VECTOR = 64  # bytes; Inductor's unit
@@ -77,17 +77,17 @@ Attended = tuple[Tensor, Tensor, Tensor]
 
 
 def decoding(shape: Shape) -> Compiled | None:
-    """queries (batch, m, h, g, head_dim) in the arithmetic's dtype, windows of k (., piece, h, head_dim) and v
-    (., piece, h, slices, .), Parts and numbers, slopes as (b, g * h) -> out (b, h, r, slices, .) and lse (b, h, r);
+    """queries (batch, m, h, g, head_dim) in the arithmetic's dtype, windows of k (., run, h, head_dim) and v
+    (., run, h, slices, .), SplitTable and numbers, slopes as (b, g * h) -> out (b, h, r, slices, .) and lse (b, h, r);
     None: no compiler."""
     x, b = ("x",), ("b",)
-    tables = (*x, "pieces"), x, x, b, b, ("s",), (*b, "pieces"), b, b, b, b
+    tables = (*x, "runs"), x, x, b, b, ("s",), (*b, "runs"), b, b, b, b
     return _compiled(decode, shape, shape.features.dtype, tables, "decoding")
 
 
 def alone(shape: Shape) -> Compiled | None:
-    """For sequences of one part each. Windows of queries (., m, h, g, head_dim), k and v, tables (batch,) of windows of
-    queries, of windows of keys, and of the rows of these that are keys, start and stop, and numbers -> out
+    """For sequences of one split each. Windows of queries (., m, h, g, head_dim), k and v, tables (batch,) of windows
+    of queries, of windows of keys, and of the rows of these that are keys, start and stop, and numbers -> out
     (batch, m, h, g, slices, .) and lse (batch, m, h, g); None: no compiler."""
     return _compiled(attend_alone, shape, shape.features.product_dtype, (("batch",),) * 4, "short sequences")
 
@@ -103,12 +103,12 @@ def _compiled(
     dtype, count = features.product_dtype, slices(head_dims[1], shape.rows, features.product_dtype)
 
     def examples(size: Size) -> list[Tensor]:
-        piece, h = size("piece", 64), size("h", 5)
+        run, h = size("run", 64), size("h", 5)
 
         def windows(name: str, *inner: int) -> Tensor:
             strides = [size(f"{name} {n}", typical) for n, typical in enumerate((1 << 10, 1 << 10, 1 << 7))]
             last = torch.empty(inner, dtype=dtype).stride()
-            return torch.empty_strided((size(f"{name} rows", 9973), piece, h, *inner), (*strides, *last), dtype=dtype)
+            return torch.empty_strided((size(f"{name} rows", 9973), run, h, *inner), (*strides, *last), dtype=dtype)
 
         strides = [size(f"q {n}", typical) for n, typical in enumerate((1 << 11, 1 << 11, 1 << 9, 1 << 7))]
         sizes = size("q rows", 9941), shape.queries, h, shape.heads_per_key, head_dims[0]
@@ -118,15 +118,15 @@ def _compiled(
         return [queries, k, v, *indices, *example_numbers(size, features)]
 
     function = functools.partial(step, shape)
-    return inductor.compiled((what, shape), function, examples, f"{what} ({features.words})", **CONFIG)
+    return step_compiler.compiled((what, shape), function, examples, f"{what} ({features.words})", **CONFIG)
 
 
 def attend_alone(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """What `alone` compiles."""
     queries, k, v, query, row, start, stop, *rest = tensors
     program, _ = rebuilt(shape.features, iter(rest))
-    owner = torch.arange(query.shape[0])
-    out, total, top = _attended(shape, program, queries, k, v, query, row[:, None], owner, -start, (start, stop))
+    batch_idx = torch.arange(query.shape[0])
+    out, total, top = _attended(shape, program, queries, k, v, query, row[:, None], batch_idx, -start, (start, stop))
     lse = (top + total.log()).unflatten(1, (shape.queries, -1)).transpose(-1, -2).contiguous()
     divisor = torch.where(total == 0.0, 1.0, total).transpose(-1, -2)[..., None, None]
     out = (out / divisor).to(shape.features.product_dtype).unflatten(2, (shape.queries, -1))
@@ -137,18 +137,18 @@ def decode(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """What `decoding` compiles."""
     features = shape.features
     queries, k, v, *rest = tensors
-    parts = Parts(*rest[: len(Parts._fields)])
-    program, _ = rebuilt(features, iter(rest[len(Parts._fields) :]))
+    table = SplitTable(*rest[: len(SplitTable._fields)])
+    program, _ = rebuilt(features, iter(rest[len(SplitTable._fields) :]))
 
-    def attended(row: Tensor, owner: Tensor, key: Tensor, existing: tuple[Tensor, Tensor] | None) -> Attended:
-        return _attended(shape, program, queries, k, v, owner, row, owner, key, existing)
+    def attended(row: Tensor, batch_idx: Tensor, kv_start: Tensor, existing: tuple[Tensor, Tensor] | None) -> Attended:
+        return _attended(shape, program, queries, k, v, batch_idx, row, batch_idx, kv_start, existing)
 
-    out, total, top = attended(parts.row, parts.owner, parts.key, None)
-    existing = parts.last_start, parts.last_stop
-    last_out, last_total, last_top = attended(parts.last_row, parts.last_owner, parts.last_key, existing)
+    out, total, top = attended(table.first_row, table.batch_idx, table.kv_start, None)
+    existing = table.last_start, table.last_stop
+    last_out, last_total, last_top = attended(table.last_first_row, table.last_batch_idx, table.last_kv_start, existing)
 
-    which = parts.first[:, None] + torch.minimum(parts.steps, parts.parts[:, None] - 1)
-    exists = (parts.steps < parts.parts[:, None])[..., None, None]
+    which = table.first_split[:, None] + torch.minimum(table.split_idx, table.num_splits[:, None] - 1)
+    exists = (table.split_idx < table.num_splits[:, None])[..., None, None]
     tops = torch.where(exists, _rows_of(top, [which]), -inf)  # b s r h
     greatest = torch.maximum(tops.amax(1), last_top)
     shift = torch.where(greatest == -inf, 0.0, greatest)
@@ -170,35 +170,35 @@ def _attended(
     k: Tensor,
     v: Tensor,
     query: Tensor,
-    row: Tensor,
-    owner: Tensor,
-    key: Tensor,
+    first_row: Tensor,
+    batch_idx: Tensor,
+    kv_start: Tensor,
     existing: tuple[Tensor, Tensor] | None,
 ) -> Attended:
-    """-> of every part: values weighted by exp(score - maximum) (x, h, r, slices, .), the sum of these weights, and the
-    maximum (x, r, h). query, row: windows of queries, and of keys, (x, pieces). owner, key: the program's batch index,
-    and the number of the first key. existing: the rows of it that are keys; None: all."""
+    """-> of every split: values weighted by exp(score - maximum) (x, h, r, slices, .), the sum of these weights, and
+    the maximum (x, r, h). query, first_row: windows of queries, and of keys, (x, runs). batch_idx, kv_start: the
+    program's batch index, and the index of the first key. existing: the rows of it that are keys; None: all."""
     features, rows, heads_per_key = shape.features, shape.rows, shape.heads_per_key
     dtype = features.dtype
-    keys = _rows_of(k, [row]).to(dtype)  # x pieces piece h head_dim
+    keys = _rows_of(k, [first_row]).to(dtype)  # x runs run h head_dim
 
     def product(r: int) -> Tensor:
         m, g = divmod(r, heads_per_key)
         return (_rows_of(queries[:, m, :, g], [query]).to(dtype)[:, None, None] * keys).sum(-1)
 
-    _, pieces, piece, h, _ = keys.shape
-    number = torch.arange(pieces * piece, dtype=torch.int32).view(pieces, piece, 1, 1)
-    owner, key = (x[:, None, None, None, None] for x in (owner, key.int()))
+    _, runs, run, h, _ = keys.shape
+    offset = torch.arange(runs * run, dtype=torch.int32).view(runs, run, 1, 1)
+    batch_idx, kv_start = (x[:, None, None, None, None] for x in (batch_idx, kv_start.int()))
     inside = None
     if existing is not None:
         start, stop = (x.int()[:, None, None, None, None] for x in existing)
-        inside = (number >= start) & (number < stop)
+        inside = (offset >= start) & (offset < stop)
 
     def scores(some: range) -> Tensor:
-        """Of these rows: x pieces piece r h."""
+        """Of these rows: x runs run r h."""
         row_number = torch.arange(some.start, some.stop, dtype=torch.int32)[:, None]
         head = row_number % heads_per_key * h + torch.arange(h, dtype=torch.int32)  # slopes lie as scores do
-        indices = owner, head, row_number // heads_per_key, key + number
+        indices = batch_idx, head, row_number // heads_per_key, kv_start + offset
         score = program.score(torch.stack([product(r) for r in some], 3), *indices)
         if features.masked:
             score = torch.where(program.mask(*indices), score, -inf)
@@ -214,7 +214,7 @@ def _attended(
     outs = []
     for r in range(rows):
         for j in range(v.shape[3]):
-            values = _rows_of(v[:, :, :, j], [row]).to(dtype)
+            values = _rows_of(v[:, :, :, j], [first_row]).to(dtype)
             if inside is not None:
                 values = torch.where(inside, values, 0.0)
             outs.append((probs[:, :, :, r, :, None] * values).sum((1, 2)))

@@ -19,14 +19,14 @@ from ....problem import Packed, Problem
 from ....scores import Window
 from ..features import Features, numbers
 from . import step
-from .parts import Rows
-from .plans import SCORES
+from .decode_plan import SCORES
+from .split_table import Rows
 
 ROWS = 4  # queries times heads_per_key that share a key, if heads_per_key allows
 MULTIPLE = 16  # keys: blocks run together that see as many, rounded up; finer, a sequence would be read more often
 PLANS = 4  # kept
 
-_plans: dict[object, Plan] = {}
+_plans: dict[object, ShortVarlenPlan] = {}
 
 Results = tuple[Tensor, Tensor]
 
@@ -34,16 +34,16 @@ Results = tuple[Tensor, Tensor]
 class Group(NamedTuple):
     """Blocks of queries that run together: tables of `step.alone`, (blocks,), and where its results belong."""
 
-    piece: int  # keys
+    run: int  # keys
     tables: list[Tensor]
     numbers: list[Tensor]
     rows: Tensor  # (blocks * queries,), of out; the one after its last for those of nobody
 
 
-class Plan(NamedTuple):
+class ShortVarlenPlan(NamedTuple):
     """What calls with these lengths share."""
 
-    run: Compiled
+    kernel: Compiled
     queries: int
     groups: list[Group]
 
@@ -76,19 +76,19 @@ def forward(problem: Problem) -> Results | None:
     out = new_empty(q, (total + 1, nheads, head_dim_v))
     lse = q.new_empty(total + 1, nheads, dtype=problem.lse_dtype)
     for group in plan.groups:
-        windows = k.windows(group.piece), v.windows(group.piece, slices)
-        some_out, some_lse = plan.run([queries, *windows, *group.tables, *group.numbers])
+        windows = k.windows(group.run), v.windows(group.run, slices)
+        some_out, some_lse = plan.kernel([queries, *windows, *group.tables, *group.numbers])
         out.index_copy_(0, group.rows, some_out.view(-1, nheads, head_dim_v))
         lse.index_copy_(0, group.rows, some_lse.view(-1, nheads))
     return out[:total], lse[:total].mT.contiguous()
 
 
-def _plan(problem: Problem, packed: Packed) -> Plan | None:
+def _plan(problem: Problem, packed: Packed) -> ShortVarlenPlan | None:
     """None: there is no compiler, or memory holds less than a window."""
     q, k = problem.q, problem.k
     sums = tuple(packed.sums_q), tuple(packed.sums_k)
     program = problem.softmax_scale, problem.softcap, problem.window
-    key = inductor.why_not(), *sums, q.shape[1:], problem.v.shape[1:], q.dtype, *program
+    key = inductor.eager_reason(), *sums, q.shape[1:], problem.v.shape[1:], q.dtype, *program
     found = _plans.get(key)
     if found is not None:
         return found
@@ -99,13 +99,13 @@ def _plan(problem: Problem, packed: Packed) -> Plan | None:
         return None
     masked = problem.window.in_force(packed.max_seqlen_q, longest) != Window()
     features = Features.of(problem.program(0, 0), masked, problem.lse_dtype, q.dtype)
-    run = step.alone(step.Shape(features, queries, heads_per_key, (q.shape[-1], problem.v.shape[-1])))
-    if run is None:
+    kernel = step.alone(step.Shape(features, queries, heads_per_key, (q.shape[-1], problem.v.shape[-1])))
+    if kernel is None:
         return None
     keep_freed()
     if len(_plans) >= PLANS:
         _plans.clear()
-    plan = _plans[key] = Plan(run, queries, list(_groups(problem, packed, queries, features)))
+    plan = _plans[key] = ShortVarlenPlan(kernel, queries, list(_groups(problem, packed, queries, features)))
     return plan
 
 
@@ -114,25 +114,25 @@ def _groups(problem: Problem, packed: Packed, queries: int, features: Features) 
     first_q, first_k = packed.cu_seqlens_q[:-1].long(), packed.cu_seqlens_k[:-1].long()
     lengths_q, lengths_k = packed.cu_seqlens_q.diff().long(), packed.cu_seqlens_k.diff().long()
     blocks = -(-lengths_q // queries)
-    owner = torch.arange(len(blocks), device=blocks.device).repeat_interleave(blocks)
-    number = (torch.arange(len(owner), device=owner.device) - (blocks.cumsum(0) - blocks)[owner]) * queries
-    position = number + (lengths_k - lengths_q)[owner]
-    _, seen = problem.window.keys_seen_by_any(position, position + queries - 1, lengths_k[owner])
+    batch_idx = torch.arange(len(blocks), device=blocks.device).repeat_interleave(blocks)
+    q_start = (torch.arange(len(batch_idx), device=batch_idx.device) - (blocks.cumsum(0) - blocks)[batch_idx]) * queries
+    position = q_start + (lengths_k - lengths_q)[batch_idx]
+    _, seen = problem.window.keys_seen_by_any(position, position + queries - 1, lengths_k[batch_idx])
     seen = seen.clamp(min=0)  # keys of a block's sequence, up to the last that it sees
-    pieces = seen.clamp(min=1).add(MULTIPLE - 1) // MULTIPLE * MULTIPLE
-    for piece in pieces.unique().tolist():
-        members = (pieces == piece).nonzero()[:, 0]
-        at_once = max(1, SCORES // (features.dtype.itemsize * piece * queries * nheads))
+    runs = seen.clamp(min=1).add(MULTIPLE - 1) // MULTIPLE * MULTIPLE
+    for run in runs.unique().tolist():
+        members = (runs == run).nonzero()[:, 0]
+        at_once = max(1, SCORES // (features.dtype.itemsize * run * queries * nheads))
         for some in members.split(at_once):
-            of = owner[some]
+            of = batch_idx[some]
             # Windows lie within memory, and begin earlier where that ends.
-            first = first_q[of] + number[some]
+            first = first_q[of] + q_start[some]
             query = first.clamp(max=total_q - queries)
-            row = first_k[of].clamp(max=problem.k.shape[0] - piece)
+            row = first_k[of].clamp(max=problem.k.shape[0] - run)
             start = first_k[of] - row
             in_window, end = query[:, None] + torch.arange(queries, device=query.device), (first_q + lengths_q)[of]
             mine = (in_window >= first[:, None]) & (in_window < end[:, None])
             # The program counts queries from the window's first: so many are left, which lines up the last ones.
             program = problem.program((end - query).int(), lengths_k[of].int())
             rows = in_window.where(mine, total_q).flatten()
-            yield Group(piece, [query, row, start, start + seen[some]], numbers(program, 0, 1.0, features.dtype), rows)
+            yield Group(run, [query, row, start, start + seen[some]], numbers(program, 0, 1.0, features.dtype), rows)

@@ -19,31 +19,31 @@ from ....problem import Problem
 from ....scores import Window
 from ..features import Features, numbers
 from . import step
-from .parts import Cut, Parts, Rows, cut, located, sizes
+from .split_table import Rows, SplitPlan, SplitTable, located, sizes, split_plan
 
 SCORES = 4 << 20  # bytes of scores at once; a step's buffers are several times as large, and are kept (memory.py)
 PLANS = 64  # kept
 
-_plans: dict[object, Plan] = {}
+_plans: dict[object, DecodePlan] = {}
 
 
-class Plan(NamedTuple):
-    run: Compiled
+class DecodePlan(NamedTuple):
+    kernel: Compiled
     lengths: Tensor  # keys of every sequence
     numbers: list[Tensor]  # of the score program
-    piece: int  # keys
-    cuts: list[Cut]  # of sequences that run together
-    dense: list[Parts]  # the same, where they lie, if keys are dense
+    run: int  # keys
+    split_plans: list[SplitPlan]  # of sequences that run together
+    dense: list[SplitTable]  # the same, where they lie, if keys are dense
 
 
-def plan(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Plan | None:
-    """For sequences with so many queries, and keys; None: there are no keys, or memory of less than a piece, or
+def plan(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> DecodePlan | None:
+    """For sequences with so many queries, and keys; None: there are no keys, or memory of less than a run, or
     there is no compiler."""
-    page, pages = _pages(problem)
+    page_size, max_num_blocks = _pages(problem)
     heads_and_dims = problem.q.shape[-2:], problem.v.shape[-2:]
     program = problem.softmax_scale, problem.softcap, problem.window
     slopes = problem.alibi_slopes is not None
-    how = inductor.why_not(), slopes, problem.packed is None, page, pages, k.total, k.per_block
+    how = inductor.eager_reason(), slopes, problem.packed is None, page_size, max_num_blocks, k.total, k.per_block
     key = queries, *lengths, *how, *heads_and_dims, problem.q.dtype, *program
     found = _plans.get(key)
     if found is None:
@@ -57,27 +57,29 @@ def plan(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Pla
     return found
 
 
-def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> Plan | None:
+def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> DecodePlan | None:
     q, packed, (nheads_k, head_dim_v) = problem.q, problem.packed, problem.v.shape[-2:]
     heads_per_key = q.shape[-2] // nheads_k
     rows = queries * heads_per_key
     lengths_k = torch.tensor(lengths, dtype=torch.int32, device=q.device)
     program = problem.program(queries, lengths_k)
     features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
-    page, pages = _pages(problem)
-    part, piece = sizes(max(lengths), page)
-    if k.total < piece or not any(lengths):
+    page_size, max_num_blocks = _pages(problem)
+    split, run = sizes(max(lengths), page_size)
+    if k.total < run or not any(lengths):
         return None
-    run = step.decoding(step.Shape(features, queries, heads_per_key, (q.shape[-1], head_dim_v)))
-    if run is None:
+    kernel = step.decoding(step.Shape(features, queries, heads_per_key, (q.shape[-1], head_dim_v)))
+    if kernel is None:
         return None
     keep_freed()
     seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]
-    spans = tuple((max(0, start // part * part), max(0, stop)) for start, stop in seen)
+    spans = tuple((max(0, start // split * split), max(0, stop)) for start, stop in seen)
     groups = _groups(lengths, SCORES // (features.dtype.itemsize * rows * nheads_k))
-    cuts = [cut(spans[first:stop], first, part, piece, page, pages) for first, stop in groups]
-    dense = [located(None, k, piece, some) for some in cuts] if packed is None else []
-    return Plan(run, lengths_k, _numbers(problem, queries, lengths_k), piece, cuts, dense)
+    split_plans = [
+        split_plan(spans[first:stop], first, split, run, page_size, max_num_blocks) for first, stop in groups
+    ]
+    dense = [located(None, k, run, some) for some in split_plans] if packed is None else []
+    return DecodePlan(kernel, lengths_k, _numbers(problem, queries, lengths_k), run, split_plans, dense)
 
 
 def _numbers(problem: Problem, queries: int, lengths: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Few queries on many keys: parts of the cache, wherever they lie. The step runs eagerly, but in the last test."""
+"""Few queries on many keys: splits of the cache, wherever they lie. The step runs eagerly, but in the last test."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from support import DTYPES, WINDOW_SIDE, Case, check_against_float64, make
 
 from compiled_fa import untiled
 from compiled_fa.engines import choose, tiled
-from compiled_fa.engines.tiled.direct import decoding, parts, plans, step
+from compiled_fa.engines.tiled.split_kv import decode, decode_plan, split_table, step
 from compiled_fa.problem import Packed, Problem
 
 NOBODY = 10**6  # a block that does not exist
@@ -25,18 +25,18 @@ def shrink(patch):
     for module, name, value in (
         (untiled, "DECODING_KEYS", 1),
         (untiled, "DECODING_ELEMENTS", 1),
-        (plans, "SCORES", 1 << 10),
-        (parts, "PART", 8),
-        (parts, "LONG_PART", 16),
-        (parts, "LONG", 64),
+        (decode_plan, "SCORES", 1 << 10),
+        (split_table, "SPLIT", 8),
+        (split_table, "LONG_SPLIT", 16),
+        (split_table, "LONG", 64),
         (step, "decoding", eagerly),
-        (plans, "_plans", {}),
+        (decode_plan, "_plans", {}),
     ):
         patch.setattr(module, name, value)
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
+def small_splits(monkeypatch):
     shrink(monkeypatch)
 
 
@@ -89,38 +89,38 @@ def test_agrees_with_float64(case, page):
     problem = in_pages(data, page, torch.Generator().manual_seed(case.seed)) if page else data.problem()
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
-        found = decoding.forward(problem)
-    if found is None:  # no keys, or memory of less than a part
+        found = decode.forward(problem)
+    if found is None:  # no keys, or memory of less than a split
         assert not data.k.shape[0] or (page == 0 and data.k.shape[0] < 8)
         found = tiled.forward(problem)
     assert all(x.is_contiguous() for x in found)
     check_against_float64(data, as_packed(data, *found))
 
 
-def test_rows_of_a_larger_tensor(small_parts):
+def test_rows_of_a_larger_tensor(small_splits):
     """qkv side by side, a cache that is not full yet, k and v side by side in pages; and what is no rows at all."""
     qkv = torch.randn(2, 40, 3, 2, 8)
     q, k, v = qkv[:, -1:, 0], qkv[:, :, 1], qkv[:, :, 2]
-    expected = decoding.forward(Problem.of(q.contiguous(), k.contiguous(), v.contiguous(), None))
+    expected = decode.forward(Problem.of(q.contiguous(), k.contiguous(), v.contiguous(), None))
     for problem in (Problem.of(q, k, v, None), Problem.of(q, *torch.stack([k, v]).unbind(), None)):
-        for one, other in zip(decoding.forward(problem), expected, strict=True):
+        for one, other in zip(decode.forward(problem), expected, strict=True):
             assert torch.equal(one, other)
     longer = torch.full((2, 2, 100, 2, 8), torch.nan)
     longer[0, :, :40], longer[1, :, :40] = k, v
-    for one, other in zip(decoding.forward(Problem.of(q, *longer[:, :, :40], None)), expected, strict=True):
+    for one, other in zip(decode.forward(Problem.of(q, *longer[:, :, :40], None)), expected, strict=True):
         assert torch.equal(one, other)
     cu_q, cu_k = torch.arange(3, dtype=torch.int32), torch.tensor([0, 40, 80], dtype=torch.int32)
     pages = torch.stack([x.reshape(10, 8, 2, 8) for x in (k, v)], 1)
     table = torch.arange(10, dtype=torch.int32).view(2, 5)
     problem = Problem.of(q[:, 0], pages[:, 0], pages[:, 1], Packed(cu_q, cu_k, 1, 40, table))
-    assert torch.equal(decoding.forward(problem)[0][:, None], expected[0])
+    assert torch.equal(decode.forward(problem)[0][:, None], expected[0])
     heads_first = k.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(decoding.forward(Problem.of(q, heads_first, heads_first, None))[1], expected[1])
-    assert decoding.forward(Problem.of(q, k.mT.contiguous().mT, v, None)) is None
+    assert torch.equal(decode.forward(Problem.of(q, heads_first, heads_first, None))[1], expected[1])
+    assert decode.forward(Problem.of(q, k.mT.contiguous().mT, v, None)) is None
     assert torch.allclose(tiled.forward(Problem.of(q, k.mT.contiguous().mT, v, None))[0], expected[0], atol=1e-6)
 
 
-def test_a_pool_without_a_page_in_use(small_parts):
+def test_a_pool_without_a_page_in_use(small_splits):
     pool, cu_seqlens_k = torch.full((3, 8, 2, 8), torch.nan), torch.zeros(3, dtype=torch.int32)
     for columns in (0, 2):
         table = torch.full((2, columns), NOBODY, dtype=torch.int32)
@@ -131,53 +131,53 @@ def test_a_pool_without_a_page_in_use(small_parts):
 
 
 @pytest.mark.parametrize("slopes", ["none", "heads", "batch"])
-def test_calls_of_one_shape_share_a_plan_but_no_slopes_or_pages(small_parts, slopes):
+def test_calls_of_one_shape_share_a_plan_but_no_slopes_or_pages(small_splits, slopes):
     for seed in range(3):
         data = make(Case(((1, 40), (1, 70)), heads_per_key=2, slopes=slopes, seed=seed))
         for problem in (data.problem(), in_pages(data, 16, torch.Generator().manual_seed(seed))):
-            check_against_float64(data, as_packed(data, *decoding.forward(problem)))
-    assert len(plans._plans) == 2
+            check_against_float64(data, as_packed(data, *decode.forward(problem)))
+    assert len(decode_plan._plans) == 2
 
 
 def test_sequences_share_a_call_while_scores_are_few():
-    assert list(plans._groups([5], 3)) == [(0, 1)]
-    assert list(plans._groups([9, 1, 1, 1, 9, 0, 2], 3)) == [(0, 1), (1, 4), (4, 5), (5, 7)]
+    assert list(decode_plan._groups([5], 3)) == [(0, 1)]
+    assert list(decode_plan._groups([9, 1, 1, 1, 9, 0, 2], 3)) == [(0, 1), (1, 4), (4, 5), (5, 7)]
 
 
-def test_keys_outside_the_window_are_not_read(small_parts):
+def test_keys_outside_the_window_are_not_read(small_splits):
     """Parts begin with the window: 48 of 800 keys, and no more of those before them than a part."""
     q, k, v = torch.randn(2, 1, 2, 8), torch.randn(2, 800, 2, 8), torch.randn(2, 800, 2, 8)
     k[:, : 800 - 48 - 16] = v[:, : 800 - 48 - 16] = torch.nan
     problem = Problem.of(q, k, v, None, None, False, 47)
-    out, lse = decoding.forward(problem)
+    out, lse = decode.forward(problem)
     expected, expected_lse = tiled.forward(replace(problem, k=k[:, 752:], v=v[:, 752:]))
     assert torch.allclose(out, expected, atol=1e-6)
     assert torch.allclose(lse, expected_lse, atol=1e-6)
 
 
 def test_who_decodes(compiled_steps, monkeypatch):
-    """Long caches, and many, in any layout: the tiled engine by the step. Others: aten. Many queries: tiles."""
+    """Long caches, and many, in any layout: the tiled engine by the step. Others: sdpa_cpu. Many queries: tiles."""
 
     def served(keys, queries=1, nheads=8, batch=2, dtype=torch.float32, **options):
         q, k = torch.empty(batch, queries, nheads, 64, dtype=dtype), torch.empty(batch, keys, 4, 64, dtype=dtype)
         problem = Problem.of(q, k, k, None, **options)
         name = choose("auto", q.device, problem)[0]
-        return f"step of {name}" if name == "tiled" and decoding.pays(problem) else name
+        return f"step of {name}" if name == "tiled" and decode.pays(problem) else name
 
     assert served(1024) == served(256, batch=16) == served(5000, 4) == served(1024, 1, 64) == "step of tiled"
-    assert served(600) == served(40, batch=99) == served(1024, 16) == "aten"
+    assert served(600) == served(40, batch=99) == served(1024, 16) == "sdpa_cpu"
     assert served(128, dtype=torch.bfloat16) == served(128, dtype=torch.float16) == "step of tiled"
-    assert served(100, dtype=torch.bfloat16) == "aten"
+    assert served(100, dtype=torch.bfloat16) == "sdpa_cpu"
     assert served(100, batch=4, softcap=1.0) == "step of tiled"
     assert served(60, softcap=1.0) == served(5000, 4, 128) == "tiled"
-    monkeypatch.setenv("COMPILED_FA_COMPILE", "0")  # tiles run eagerly then, slower than aten
-    assert served(1024) == "aten"
+    monkeypatch.setenv("COMPILED_FA_COMPILE", "0")  # tiles run eagerly then, slower than sdpa_cpu
+    assert served(1024) == "sdpa_cpu"
 
 
-def test_sequences_of_unequal_queries_are_for_tiles(small_parts):
+def test_sequences_of_unequal_queries_are_for_tiles(small_splits):
     data = make(Case(((1, 90), (2, 90))))
-    assert decoding.pays(data.problem())
-    assert decoding.forward(data.problem()) is None
+    assert decode.pays(data.problem())
+    assert decode.forward(data.problem()) is None
     out, lse = tiled.forward(data.problem())
     check_against_float64(data, {"out": out, "lse": lse})
 
@@ -191,12 +191,12 @@ def test_sequences_of_unequal_queries_are_for_tiles(small_parts):
     ids=str,
 )
 def test_compiled(compiled_steps, monkeypatch, dtype, options):
-    """One piece of code for dense, packed and paged keys, one sequence or several, whole parts or none."""
-    monkeypatch.setattr(plans, "_plans", {})
+    """One piece of code for dense, packed and paged keys, one sequence or several, whole splits or none."""
+    monkeypatch.setattr(decode_plan, "_plans", {})
     compilations = []
-    compiled_graph = step.inductor.inductor.compiled_graph
+    compiled_graph = step.step_compiler.inductor.compiled_graph
     monkeypatch.setattr(
-        step.inductor.inductor,
+        step.step_compiler.inductor,
         "compiled_graph",
         lambda *a, **o: (compilations.append(a[0]), compiled_graph(*a, **o))[1],
     )
@@ -209,10 +209,10 @@ def test_compiled(compiled_steps, monkeypatch, dtype, options):
         case = Case(tuple((1, n) for n in lengths), dense, 3, 2, 32, 64, dtype, **options)
         data = make(case)
         problem = data.problem()
-        found = decoding.forward(replace(problem, q=problem.q.mT.contiguous().mT))  # any strides
+        found = decode.forward(replace(problem, q=problem.q.mT.contiguous().mT))  # any strides
         assert found is not None
         check_against_float64(data, as_packed(data, *found))
         for page in (16, 256):
-            found = decoding.forward(in_pages(data, page, torch.Generator()))
+            found = decode.forward(in_pages(data, page, torch.Generator()))
             check_against_float64(data, as_packed(data, *found))
     assert len(set(compilations)) == 1

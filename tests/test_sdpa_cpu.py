@@ -1,4 +1,4 @@
-"""The aten engine: parts of plain scores through PyTorch's own kernel."""
+"""The sdpa_cpu engine: parts of plain scores through PyTorch's own kernel."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import Case, cases, check_against_float64, make, run_engine
 
-from compiled_fa.engines import aten, choose
+from compiled_fa.engines import choose, sdpa_cpu
 
 PLAIN = {"window_size": (-1, -1), "softcap": 0.0, "slopes": "none", "dropout_p": 0.0, "tiles": None}
 
@@ -22,13 +22,13 @@ def plain_cases(dense):
 @given(plain_cases(dense=True))
 def test_dense_agrees_with_float64(case):
     data = make(case)
-    check_against_float64(data, run_engine(aten, data))
+    check_against_float64(data, run_engine(sdpa_cpu, data))
 
 
 @given(plain_cases(dense=False))
 def test_varlen_agrees_with_float64(case):
     data = make(case)
-    check_against_float64(data, run_engine(aten, data))
+    check_against_float64(data, run_engine(sdpa_cpu, data))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -37,8 +37,8 @@ def test_without_gradient_of_lse(dtype, causal):
     data = make(Case(((40, 70), (33, 33), (50, 20)), heads_per_key=2, dtype=dtype, causal=causal))
     data.dlse.zero_()
     problem = data.problem()
-    out, lse = aten.forward(problem)
-    with_dlse, without = (aten.backward(problem, data.dout, out, lse, dlse) for dlse in (data.dlse, None))
+    out, lse = sdpa_cpu.forward(problem)
+    with_dlse, without = (sdpa_cpu.backward(problem, data.dout, out, lse, dlse) for dlse in (data.dlse, None))
     for one, other in zip(with_dlse, without, strict=True):
         assert torch.allclose(one, other, atol=torch.finfo(dtype).eps * 16)
 
@@ -47,33 +47,35 @@ def test_without_gradient_of_lse(dtype, causal):
 def test_short_sequences_of_one_length_share_a_call(monkeypatch, causal):
     lengths = ((5, 5), (9, 7), (5, 5), (5, 5), (0, 4), (9, 7), (3, 0), (0, 4), (200, 90), (5, 5), (200, 90))
     data = make(Case(lengths, heads_per_key=2, causal=causal))
-    check_against_float64(data, run_engine(aten, data))
+    check_against_float64(data, run_engine(sdpa_cpu, data))
     calls = []
     for name in ("_forward", "_backward"):
-        kernel = getattr(aten.kernel, name)
-        monkeypatch.setattr(aten.kernel, name, lambda *a, kernel=kernel, **o: (calls.append(a[0]), kernel(*a, **o))[1])
-    run_engine(aten, data)
+        kernel = getattr(sdpa_cpu.kernel, name)
+        monkeypatch.setattr(
+            sdpa_cpu.kernel, name, lambda *a, kernel=kernel, **o: (calls.append(a[0]), kernel(*a, **o))[1]
+        )
+    run_engine(sdpa_cpu, data)
     assert sorted(len(batch) for batch in calls) == 2 * [1] * 2 + 2 * [2] + 2 * [4]
 
 
 def test_half_precision_in_pieces(monkeypatch):
     """Heads and sequences whose fp32 copies are over the limit are done one after another."""
     data = make(Case(((30, 40),) * 3, True, nheads_k=3, heads_per_key=2, dtype=torch.float16))
-    whole = run_engine(aten, data)
+    whole = run_engine(sdpa_cpu, data)
     for limit in (1, 20_000):
-        monkeypatch.setattr(aten.kernel, "WIDENED_BYTES", limit)
-        pieces = run_engine(aten, data)
+        monkeypatch.setattr(sdpa_cpu.kernel, "WIDENED_BYTES", limit)
+        pieces = run_engine(sdpa_cpu, data)
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
 def test_any_strides():
     """The kernel believes head_dim to be contiguous, and does not look."""
     data = make(Case(((20, 20),) * 2, True, causal=True))
-    expected = run_engine(aten, data)
+    expected = run_engine(sdpa_cpu, data)
     for name in ("q", "k", "v", "dout"):
         x = getattr(data, name)
         setattr(data, name, x.transpose(1, 2).contiguous().transpose(1, 2))
-    found = run_engine(aten, data)
+    found = run_engine(sdpa_cpu, data)
     assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in expected)
 
 
@@ -85,7 +87,7 @@ def test_windows_that_hide_nothing_are_none(seqlen_q, seqlen_k, left, right, cau
     kept = problem.window.contains(position, key.expand(seqlen_q, seqlen_k))
     assert torch.equal(problem.window_in_force.contains(position, key.expand(seqlen_q, seqlen_k)), kept)
     if kept.all():
-        assert choose("auto", torch.device("cpu"), problem)[0] == "aten"
+        assert choose("auto", torch.device("cpu"), problem)[0] == "sdpa_cpu"
 
 
 def test_what_it_leaves_to_others():
@@ -98,5 +100,5 @@ def test_what_it_leaves_to_others():
     ):
         problem = make(Case(((9, 9),), True, **options)).problem()
         assert choose("auto", problem.q.device, problem)[0] == "tiled"
-        with pytest.raises(RuntimeError, match="aten engine was asked for"):
-            choose("aten", problem.q.device, problem)
+        with pytest.raises(RuntimeError, match="sdpa_cpu engine was asked for"):
+            choose("sdpa_cpu", problem.q.device, problem)

@@ -1,4 +1,4 @@
-"""The aten engine: on a CPU, rectangles and triangles of plain scores go to PyTorch's own flash kernel.
+"""The sdpa_cpu engine: on a CPU, rectangles and triangles of plain scores go to PyTorch's own flash kernel.
 
 The kernel knows a scale, "every query sees every key", and causal in a square; nothing of it is compiled at first use.
 What it gives for parts of the keys is merged by lse. Everything else of a score program is for the other engines.
@@ -20,7 +20,7 @@ from ...scores import Window
 from . import kernel
 from .calls import backward, forward, is_one_call
 
-__all__ = ["backward", "forward", "is_one_call", "slower", "why_not"]
+__all__ = ["backward", "defers", "forward", "is_one_call", "unsupported_reason"]
 
 FEW = 256  # tokens up to which nothing beats a single call
 FEW_QUERIES, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster
@@ -28,12 +28,12 @@ FEW_QUERIES, MANY = 4, 4096  # queries up to which, and keys from which, tiles r
 EVERYTHING, CAUSAL = Window(), Window(right=0)
 
 
-def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
+def unsupported_reason(device: torch.device, problem: Problem | None = None) -> str | None:
     """Why this engine cannot serve a device, or a call on it; None: it can."""
     if device.type != "cpu":
         return f"its kernel is for CPUs, and this is {device.type}"
     if reason := kernel.missing():
-        say_once(f"not the aten engine on a CPU: {reason}")
+        say_once(f"not the sdpa_cpu engine on a CPU: {reason}")
         return reason
     if problem is None:
         return None
@@ -50,7 +50,7 @@ def why_not(device: torch.device, problem: Problem | None = None) -> str | None:
     return None
 
 
-def slower(problem: Problem, direction: Direction) -> bool:
+def defers(problem: Problem, direction: Direction) -> bool:
     """Is another engine faster at a call that this one could serve? As measured: bench/NOTES.md."""
     q, k, packed = problem.q, problem.k, problem.packed
     half = q.dtype == torch.bfloat16 and fast_bfloat16()
@@ -58,7 +58,7 @@ def slower(problem: Problem, direction: Direction) -> bool:
     seqlen_q, seqlen_k = q.shape[-3] // sequences, k.shape[-3] // sequences  # on average
     if direction == "backward":
         return half or (seqlen_q > FEW and problem.window_in_force != EVERYTHING)
-    if _needs_no_tiles(problem, seqlen_q, seqlen_k) and inductor.why_not() is None:
+    if _needs_no_tiles(problem, seqlen_q, seqlen_k) and inductor.eager_reason() is None:
         return True
     return seqlen_k >= FEW if half else seqlen_k >= MANY and seqlen_q <= FEW_QUERIES
 

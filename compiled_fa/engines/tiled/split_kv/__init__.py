@@ -4,11 +4,11 @@ A tile copies keys to multiply them, or multiplies the keys of one head after an
 memory; and a product of small matrices is mostly a call. Where that is what takes time, in decoding and for short
 sequences, plain multiplications and sums, made into loops by Inductor, read k and v where they lie.
 
-decoding.py  few queries on many keys
-short.py     many short packed sequences
-step.py      the compiled steps
-parts.py     which parts a decoding call's keys have, and where they lie
-plans.py     what decoding calls of one shape share
+decode.py        few queries on many keys
+short_varlen.py  many short packed sequences
+step.py          the compiled steps
+split_table.py   which splits a decoding call's keys have, and where they lie
+decode_plan.py   what decoding calls of one shape share
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....problem import Problem
-from . import decoding, short
+from . import decode, short_varlen
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor] | None:
     """-> out and lse, as the engine's; None: it is for tiles, or there is no compiler."""
-    if decoding.pays(problem):
-        return decoding.forward(problem)
-    return short.forward(problem) if short.pays(problem) else None
+    if decode.pays(problem):
+        return decode.forward(problem)
+    return short_varlen.forward(problem) if short_varlen.pays(problem) else None

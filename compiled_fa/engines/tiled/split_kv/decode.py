@@ -1,7 +1,7 @@
 """Few queries on many keys, forward (Flash-Decoding: Dao, Haziza, Massa and Sizov 2023).
 
-What takes time here is reading the cache. Keys are cut into parts, which may lie anywhere, in pages too; what parts of
-a sequence give is merged by their maxima and sums.
+What takes time here is reading the cache. Keys are cut into splits, which may lie anywhere, in pages too; what the
+splits of a sequence give is merged by their maxima and sums.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from .... import untiled
 from ....problem import Problem
 from . import step
-from .parts import Rows, located
-from .plans import plan
+from .decode_plan import plan
+from .split_table import Rows, located
 
 Results = tuple[Tensor, Tensor]
 
@@ -45,9 +45,9 @@ def forward(problem: Problem) -> Results | None:
     # Query head h reads key head h // heads_per_key.
     by_key = (q if q.stride(-1) == 1 else q.contiguous()).view(batch, queries, nheads_k, heads_per_key, -1)
     by_key = by_key.to(problem.lse_dtype)
-    windows = k.windows(planned.piece), v.windows(planned.piece, step.slices(head_dim_v, rows, q.dtype))
-    everything = planned.dense or [located(problem.packed, k, planned.piece, cut) for cut in planned.cuts]
-    found = [planned.run([by_key, *windows, *parts, *planned.numbers]) for parts in everything]
+    windows = k.windows(planned.run), v.windows(planned.run, step.slices(head_dim_v, rows, q.dtype))
+    everything = planned.dense or [located(problem.packed, k, planned.run, plan) for plan in planned.split_plans]
+    found = [planned.kernel([by_key, *windows, *splits, *planned.numbers]) for splits in everything]
     out, lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
     if queries > 1:
         out, lse = (x.unflatten(2, (queries, -1)).transpose(1, 2) for x in (out, lse))

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.func import functionalize
 
 from ... import inductor
-from ...inductor import Compiled, Size, say_once, why_not
+from ...inductor import Compiled, Size, eager_reason, say_once
 from .fast_math import DECOMPOSITIONS
 
 Step = Callable[..., None]
 Function = Callable[..., tuple[Tensor, ...]]
 
 # Typical sizes: small leading ones make Inductor spread rows over threads, not pairs of heads.
-TYPICAL = {"p": 4, "m": 509, "g": 3, "n": 521, "d": 67, "batch": 5, "nheads": 7, "b": 6, "x": 83, "pieces": 3, "s": 19}
+TYPICAL = {"p": 4, "m": 509, "g": 3, "n": 521, "d": 67, "batch": 5, "nheads": 7, "b": 6, "x": 83, "runs": 3, "s": 19}
 
 _CONFIG: dict[str, Any] = {
     "cpp.dynamic_threads": True,  # as many threads as torch.set_num_threads says when called
@@ -64,7 +64,7 @@ def compiled(
     key: names it in the process's cache. examples: makes fake tensors to trace with. what: its name for people.
     config: Inductor's, for this function.
     """
-    if reason := why_not():
+    if reason := eager_reason():
         say_once(reason)
         return None
     if key in _failed:
