@@ -17,6 +17,7 @@ Shape letters, here and everywhere: B batch, Sq and Sk lengths, H and Hk query a
 v, T total tokens of packed sequences.
 """
 
+from .caches import clear_caches
 from .engines import use_engine
 from .interface import (
     flash_attn_func,
@@ -31,6 +32,7 @@ from .warmup import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "clear_caches",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from .inductor import say_once
+from .messages import say_once
 
 QUESTIONS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 

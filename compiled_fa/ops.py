@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import batching, engines, lowering, validation
+from . import batching, engines, validation
+from .inductor import lowering
 from .problem import Packed, Problem
 
 DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim")
@@ -85,7 +86,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem, engine = make_problem(*arguments)
         _check_values(problem)
-        out, lse = engines.serving(engine, problem, "forward").forward(problem)
+        out, lse = engines.select(problem, "forward", engine).engine.forward(problem)
         return out, lse
 
     @forward.register_fake
@@ -104,7 +105,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         problem, engine = make_problem(*arguments)
         validation.backward(problem, dout, dlse, out, lse)
         _check_values(problem)
-        dq, dk, dv = engines.serving(engine, problem, "backward").backward(problem, dout, out, lse, dlse)
+        dq, dk, dv = engines.select(problem, "backward", engine).engine.backward(problem, dout, out, lse, dlse)
         return dq, dk, dv
 
     @backward.register_fake
@@ -136,13 +137,13 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
 
     def forward_in_graph(*arguments: Any) -> Any:
         problem, engine = make_problem(*arguments)
-        operators = engines.inlined(engine, problem, "forward")
-        return NotImplemented if operators is None else operators.forward(problem)
+        inlined = engines.inlined(problem, "forward", engine)
+        return NotImplemented if inlined is None else inlined.forward(problem)
 
     def backward_in_graph(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
         problem, engine = make_problem(*arguments)
-        operators = engines.inlined(engine, problem, "backward") if dlse is None else None
-        return NotImplemented if operators is None else operators.backward(problem, dout, out, lse)
+        inlined = engines.inlined(problem, "backward", engine) if dlse is None else None
+        return NotImplemented if inlined is None else inlined.backward(problem, dout, out, lse)
 
     lowering.register(forward, forward_in_graph)
     lowering.register(backward, backward_in_graph)

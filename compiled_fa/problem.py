@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -30,14 +31,21 @@ class Packed:
     block_table: Tensor | None = None
 
     @functools.cached_property
-    def sums_q(self) -> list[int]:
-        """cu_seqlens_q, read by the host once; elsewhere than on a CPU it waits for that."""
-        return self.cu_seqlens_q.tolist()
+    def host_sums(self) -> tuple[list[int], list[int]]:
+        """cu_seqlens_q and cu_seqlens_k, read by the host, once a call: elsewhere than on a CPU it waits for them."""
+        if self.cu_seqlens_k is self.cu_seqlens_q:
+            sums = self.cu_seqlens_q.tolist()
+            return sums, sums
+        if self.cu_seqlens_q.device.type == "cpu":
+            return self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
+        both: list[int] = torch.cat([self.cu_seqlens_q, self.cu_seqlens_k]).tolist()
+        return both[: len(both) // 2], both[len(both) // 2 :]
 
     @functools.cached_property
-    def sums_k(self) -> list[int]:
-        """cu_seqlens_k, likewise."""
-        return self.cu_seqlens_k.tolist()
+    def host_lengths(self) -> tuple[list[int], list[int]]:
+        """The lengths of queries and of keys, likewise."""
+        q, k = ([stop - start for start, stop in pairwise(sums)] for sums in self.host_sums)
+        return q, k
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,20 @@ class Problem:
         packed = self.packed
         longest = (self.q.shape[1], self.k.shape[1]) if packed is None else (packed.max_seqlen_q, packed.max_seqlen_k)
         return self.window.in_force(*longest)
+
+    @property
+    def heads_per_key(self) -> int:
+        """Query head h reads key head h // heads_per_key."""
+        return self.q.shape[-2] // self.k.shape[-2]
+
+    @functools.cached_property
+    def mean_seqlens(self) -> tuple[int, int]:
+        """Queries and keys of an average sequence, rounded down; of keys in pages, as many as the cache holds."""
+        if self.packed is None:
+            return self.q.shape[1], self.k.shape[1]
+        sequences = max(1, self.batch)
+        total_k = self.k.shape[0] if self.packed.block_table is None else self.packed.host_sums[1][-1]
+        return self.q.shape[0] // sequences, total_k // sequences
 
     @property
     def lse_dtype(self) -> torch.dtype:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from . import config
 from .problem import Packed, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -150,10 +150,10 @@ def packing(q: Tensor, packed: Packed) -> None:
 
 def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
     """What must be read to be told: on a CPU always, elsewhere (a host sync) where COMPILED_FA_CHECK=1."""
-    if q.device.type != "cpu" and os.environ.get("COMPILED_FA_CHECK") != "1":
+    if q.device.type != "cpu" and not config.checks_values():
         return
     # As lists: a dozen operations on small tensors would take longer than a short call.
-    sums_q, sums_k, block_table = packed.sums_q, packed.sums_k, packed.block_table
+    (sums_q, sums_k), block_table = packed.host_sums, packed.block_table
     _lengths("cu_seqlens_q", sums_q, "max_seqlen_q", packed.max_seqlen_q)
     longest_k = _lengths("cu_seqlens_k", sums_k, "max_seqlen_k", packed.max_seqlen_k)
     if sums_q[-1] != q.shape[0]:

@@ -8,8 +8,9 @@ from itertools import accumulate
 
 import torch
 
-from . import untiled, validation
+from . import validation
 from .interface import Result, flash_attn_func, flash_attn_varlen_func
+from .tuning import current
 
 SHORT = 64  # tokens; in bf16, short tiles and those of twice the length are code of their own
 
@@ -78,7 +79,7 @@ def warmup(
         for lengths in _batches(seqlen, varlen, nheads * head_dim):
             call(lengths)
         if decode:
-            cache = max(seqlen, untiled.DECODING_ELEMENTS_FP32 // (nheads_k * head_dim))
+            cache = max(seqlen, current().split_kv.decode_from_elements_wide // (nheads_k * head_dim))
             q = torch.zeros(1, 1, nheads, head_dim, dtype=dtype, device=device)
             k = torch.zeros(1, cache, nheads_k, head_dim, dtype=dtype, device=device)
             flash_attn_func(q, k, k, *options)
@@ -94,5 +95,5 @@ def _batches(seqlen: int, varlen: bool, width: int) -> list[list[int]]:
     if not varlen:
         return [[seqlen], short[:1]]
     ragged = [list(range(max(1, length - 7), length + 1)) for length in short]
-    many = max(8, -(-untiled.SHORT_ELEMENTS // (short[0] * width)))
+    many = max(8, -(-current().split_kv.short_from_elements // (short[0] * width)))
     return [[seqlen] * 2, short[:1] * 8, short[:1] * many, *ragged]

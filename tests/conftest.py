@@ -23,10 +23,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture
 def compiled_steps(monkeypatch):
     """Steps compiled by Inductor, as users have them."""
-    from compiled_fa import inductor
+    from compiled_fa.inductor.steps import eager_reason
 
     monkeypatch.setenv("COMPILED_FA_COMPILE", "1")
-    if reason := inductor.eager_reason():
+    if reason := eager_reason():
         pytest.skip(reason)
 
 

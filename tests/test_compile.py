@@ -11,8 +11,10 @@ from support import Case, check_against_float64, cumulative, make, run_tiled
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from compiled_fa import flash_attn_func, flash_attn_varlen_func, inductor
-from compiled_fa.engines.tiled import TileSizes, step_compiler
+from compiled_fa import flash_attn_func, flash_attn_varlen_func, messages
+from compiled_fa.engines.tiled import TileSizes
+from compiled_fa.inductor import graphs
+from compiled_fa.inductor.steps import STEPS
 
 FEATURES = {
     "plain": {"window_size": (-1, -1)},
@@ -32,7 +34,7 @@ def test_compiled_steps_agree_with_float64(compiled_steps, options):
     """One piece of machine code serves every shape, tile size, scale and head_dim."""
     case = Case(((67, 90), (0, 3), (5, 0), (1, 40), (33, 20)), heads_per_key=2, head_dim_v=12, **options)
     check_against_float64(make(case), run_tiled(make(case)))
-    compiled = len(inductor._compiled)
+    compiled = len(STEPS)
     for change in (
         {"heads_per_key": 1, "nheads_k": 1, "head_dim": 1, "head_dim_v": 1},
         {"tiles": TileSizes(16, 16, 3)},
@@ -40,8 +42,8 @@ def test_compiled_steps_agree_with_float64(compiled_steps, options):
     ):
         other = Case(**{**case.__dict__, **change})
         check_against_float64(make(other), run_tiled(make(other)))
-    assert not step_compiler._failed
-    assert len(inductor._compiled) <= compiled + 2  # code without a mask, where it is now first needed
+    assert not any("could not compile" in said for said in messages._said)
+    assert len(STEPS) <= compiled + 2  # code without a mask, where it is now first needed
 
 
 def test_a_first_call_inside_a_compiled_graph_compiles_its_steps():
@@ -82,7 +84,7 @@ def gradients(model, x):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-def graphs():
+def unique_graphs():
     return counters["stats"]["unique_graphs"]
 
 
@@ -100,7 +102,7 @@ def test_model_keeps_one_graph_and_recompiles_once_for_all_shapes():
         for found, expected in zip(gradients(compiled, x), gradients(model, x), strict=True):
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert not counters["graph_break"]
-    assert graphs() <= 2  # as first seen, then dynamic
+    assert unique_graphs() <= 2  # as first seen, then dynamic
 
 
 def test_varlen_recompiles_once_for_all_lengths():
@@ -115,7 +117,7 @@ def test_varlen_recompiles_once_for_all_lengths():
         assert torch.allclose(found, expected, atol=1e-6)
         assert torch.allclose(*(torch.autograd.grad(out.square().sum(), q)[0] for out in (found, expected)), atol=1e-5)
     assert not counters["graph_break"]
-    assert graphs() <= 3  # lengths change first, then the batch too
+    assert unique_graphs() <= 3  # lengths change first, then the batch too
 
 
 def test_a_tensor_max_seqlen_breaks_no_graph():
@@ -161,7 +163,7 @@ def test_errors_reach_the_caller_of_a_compiled_model():
 
 def test_without_compiling_it_says_so_once(caplog, monkeypatch):
     monkeypatch.setenv("COMPILED_FA_COMPILE", "0")
-    monkeypatch.setattr(inductor, "_said", set())
+    monkeypatch.setattr(messages, "_said", set())
     q = torch.randn(1, 5, 2, 8)
     with caplog.at_level(logging.WARNING, logger="compiled_fa"):
         for _ in range(3):
@@ -189,11 +191,11 @@ def test_a_step_that_inductor_cannot_compile_runs_eagerly(compiled_steps, monkey
     def broken(*arguments):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(inductor, "compile_graph", broken)
-    monkeypatch.setattr(inductor, "_compiled", {})
-    monkeypatch.setattr(step_compiler, "_failed", set())
-    monkeypatch.setattr(inductor, "_said", set())
+    monkeypatch.setattr(graphs, "compile_graph", broken)
+    STEPS.clear()
+    monkeypatch.setattr(messages, "_said", set())
     case = Case(((20, 30),), causal=True)
     with caplog.at_level(logging.WARNING, logger="compiled_fa"):
         check_against_float64(make(case), run_tiled(make(case)))
+    STEPS.clear()  # of the failures
     assert "RuntimeError: planted" in caplog.text

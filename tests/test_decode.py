@@ -7,32 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import DTYPES, WINDOW_SIDE, Case, check_against_float64, make
+from tuned import retune
 
-from compiled_fa import untiled
-from compiled_fa.engines import choose, tiled
-from compiled_fa.engines.tiled.split_kv import decode, decode_plan, split_table, step
+from compiled_fa.caches import clear_caches
+from compiled_fa.engines import select, split_kv, tiled
+from compiled_fa.engines.split_kv import decode, decode_plan
+from compiled_fa.inductor.steps import STEPS
 from compiled_fa.problem import Packed, Problem
 
 NOBODY = 10**6  # a block that does not exist
 
 
-def eagerly(shape):
-    return lambda tensors: step.decode(shape, *tensors)
-
-
 def shrink(patch):
-    """Parts of 8 keys, of 16 in caches of 64 and more; few scores at once; eager."""
-    for module, name, value in (
-        (untiled, "DECODING_KEYS", 1),
-        (untiled, "DECODING_ELEMENTS", 1),
-        (decode_plan, "SCORES", 1 << 10),
-        (split_table, "SPLIT", 8),
-        (split_table, "LONG_SPLIT", 16),
-        (split_table, "LONG", 64),
-        (step, "decoding", eagerly),
-        (decode_plan, "_plans", {}),
-    ):
-        patch.setattr(module, name, value)
+    """Splits of 8 keys, of 16 in caches of 64 and more; few scores at once."""
+    keys = {"split_keys": 8, "long_split_keys": 16, "long_split_from_keys": 64}
+    retune(patch, split_kv={"decode_from_keys": 1, "decode_from_elements": 1, "score_bytes": 1 << 10, **keys})
 
 
 @pytest.fixture
@@ -89,10 +78,13 @@ def test_agrees_with_float64(case, page):
     problem = in_pages(data, page, torch.Generator().manual_seed(case.seed)) if page else data.problem()
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
-        found = decode.forward(problem)
-    if found is None:  # no keys, or memory of less than a split
-        assert not data.k.shape[0] or (page == 0 and data.k.shape[0] < 8)
-        found = tiled.forward(problem)
+        refusal = split_kv.unsupported_reason(problem.q.device, problem)
+        if refusal is None:
+            found = split_kv.forward(problem)
+        else:  # no keys, or memory of less than a split
+            assert not data.k.shape[0] or (page == 0 and data.k.shape[0] < 8)
+            assert refusal.startswith(("there are no queries, or no keys", "it decodes where there are keys"))
+            found = tiled.forward(problem)
     assert all(x.is_contiguous() for x in found)
     check_against_float64(data, as_packed(data, *found))
 
@@ -116,8 +108,9 @@ def test_rows_of_a_larger_tensor(small_splits):
     assert torch.equal(decode.forward(problem)[0][:, None], expected[0])
     heads_first = k.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(decode.forward(Problem.of(q, heads_first, heads_first, None))[1], expected[1])
-    assert decode.forward(Problem.of(q, k.mT.contiguous().mT, v, None)) is None
-    assert torch.allclose(tiled.forward(Problem.of(q, k.mT.contiguous().mT, v, None))[0], expected[0], atol=1e-6)
+    no_rows = Problem.of(q, k.mT.contiguous().mT, v, None)
+    assert "rows at even distances in memory" in decode.unsupported_reason(no_rows)
+    assert torch.allclose(select(no_rows, "forward").engine.forward(no_rows)[0], expected[0], atol=1e-6)
 
 
 def test_a_pool_without_a_page_in_use(small_splits):
@@ -125,13 +118,16 @@ def test_a_pool_without_a_page_in_use(small_splits):
     for columns in (0, 2):
         table = torch.full((2, columns), NOBODY, dtype=torch.int32)
         packed = Packed(torch.arange(3, dtype=torch.int32), cu_seqlens_k, 1, 8, table)
-        out, lse = tiled.forward(Problem.of(torch.randn(2, 4, 8), pool, pool, packed))
+        problem = Problem.of(torch.randn(2, 4, 8), pool, pool, packed)
+        assert split_kv.unsupported_reason(pool.device, problem) is not None
+        out, lse = select(problem, "forward").engine.forward(problem)
         assert torch.equal(out, torch.zeros(2, 4, 8))
         assert torch.equal(lse, torch.full((4, 2), -torch.inf))
 
 
 @pytest.mark.parametrize("slopes", ["none", "heads", "batch"])
 def test_calls_of_one_shape_share_a_plan_but_no_slopes_or_pages(small_splits, slopes):
+    clear_caches()
     for seed in range(3):
         data = make(Case(((1, 40), (1, 70)), heads_per_key=2, slopes=slopes, seed=seed))
         for problem in (data.problem(), in_pages(data, 16, torch.Generator().manual_seed(seed))):
@@ -156,30 +152,42 @@ def test_keys_outside_the_window_are_not_read(small_splits):
 
 
 def test_who_decodes(compiled_steps, monkeypatch):
-    """Long caches, and many, in any layout: the tiled engine by the step. Others: sdpa_cpu. Many queries: tiles."""
+    """Long caches, and many, in any layout: split_kv. Others: sdpa_cpu. Many queries: tiles."""
 
     def served(keys, queries=1, nheads=8, batch=2, dtype=torch.float32, **options):
         q, k = torch.empty(batch, queries, nheads, 64, dtype=dtype), torch.empty(batch, keys, 4, 64, dtype=dtype)
         problem = Problem.of(q, k, k, None, **options)
-        name = choose("auto", q.device, problem)[0]
-        return f"step of {name}" if name == "tiled" and decode.pays(problem) else name
+        return select(problem, "forward").engine.name
 
-    assert served(1024) == served(256, batch=16) == served(5000, 4) == served(1024, 1, 64) == "step of tiled"
+    assert served(1024) == served(256, batch=16) == served(5000, 4) == served(1024, 1, 64) == "split_kv"
     assert served(600) == served(40, batch=99) == served(1024, 16) == "sdpa_cpu"
-    assert served(128, dtype=torch.bfloat16) == served(128, dtype=torch.float16) == "step of tiled"
+    assert served(128, dtype=torch.bfloat16) == served(128, dtype=torch.float16) == "split_kv"
     assert served(100, dtype=torch.bfloat16) == "sdpa_cpu"
-    assert served(100, batch=4, softcap=1.0) == "step of tiled"
+    assert served(100, batch=4, softcap=1.0) == "split_kv"
     assert served(60, softcap=1.0) == served(5000, 4, 128) == "tiled"
     monkeypatch.setenv("COMPILED_FA_COMPILE", "0")  # tiles run eagerly then, slower than sdpa_cpu
     assert served(1024) == "sdpa_cpu"
 
 
-def test_sequences_of_unequal_queries_are_for_tiles(small_splits):
+def test_sequences_of_unequal_queries_are_for_others(small_splits):
     data = make(Case(((1, 90), (2, 90))))
-    assert decode.pays(data.problem())
-    assert decode.forward(data.problem()) is None
-    out, lse = tiled.forward(data.problem())
+    problem = data.problem()
+    assert "one number of queries" in decode.unsupported_reason(problem)
+    assert select(problem, "forward").engine.name != "split_kv"
+    with pytest.raises(RuntimeError, match="the split_kv engine was asked for and cannot serve this call: it decodes"):
+        select(problem, "forward", "split_kv")
+    out, lse = select(problem, "forward").engine.forward(problem)
     check_against_float64(data, {"out": out, "lse": lse})
+
+
+def test_it_has_no_gradients(small_splits):
+    q, k = torch.randn(1, 1, 2, 8), torch.randn(1, 90, 2, 8)
+    problem = Problem.of(q, k, k, None)
+    assert select(problem, "forward", "split_kv").engine is split_kv
+    with pytest.raises(RuntimeError, match="split_kv engine was asked for and cannot serve this call: it computes for"):
+        select(problem, "backward", "split_kv")
+    with pytest.raises(RuntimeError, match="cannot serve this call"):
+        split_kv.backward(problem, q, q, q[..., 0])
 
 
 @pytest.mark.parametrize(
@@ -192,14 +200,7 @@ def test_sequences_of_unequal_queries_are_for_tiles(small_splits):
 )
 def test_compiled(compiled_steps, monkeypatch, dtype, options):
     """One piece of code for dense, packed and paged keys, one sequence or several, whole splits or none."""
-    monkeypatch.setattr(decode_plan, "_plans", {})
-    compilations = []
-    compiled_graph = step.step_compiler.inductor.compiled_graph
-    monkeypatch.setattr(
-        step.step_compiler.inductor,
-        "compiled_graph",
-        lambda *a, **o: (compilations.append(a[0]), compiled_graph(*a, **o))[1],
-    )
+    clear_caches()
     for lengths, dense in (
         ((600,), True),
         ((640, 640, 640), True),
@@ -215,4 +216,4 @@ def test_compiled(compiled_steps, monkeypatch, dtype, options):
         for page in (16, 256):
             found = decode.forward(in_pages(data, page, torch.Generator()))
             check_against_float64(data, as_packed(data, *found))
-    assert len(set(compilations)) == 1
+    assert len(STEPS) == 1

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import compiled_fa
-from compiled_fa import inductor, progress
-from compiled_fa.engines.tiled import step_compiler
-from compiled_fa.engines.tiled.split_kv import decode_plan
+from compiled_fa import messages
 from compiled_fa.hardware import fast_bfloat16
+from compiled_fa.inductor import graphs
+from compiled_fa.inductor.steps import STEPS
 
 
 class Terminal(io.StringIO):
@@ -34,9 +34,9 @@ def waited(monkeypatch, terminal, is_compiling, looks=4, seconds_a_look=1.0):
             future.set_result(7)
         return SimpleNamespace(done=future.done())
 
-    monkeypatch.setattr(progress, "wait", wait)
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
-    return progress.result_of(future, "a test", is_compiling, terminal)
+    monkeypatch.setattr(messages, "wait", wait)
+    monkeypatch.setattr(messages.time, "perf_counter", lambda: now)
+    return messages.result_of(future, "a test", is_compiling, terminal)
 
 
 def test_a_terminal_is_told_once_and_then_of_progress(monkeypatch):
@@ -59,7 +59,7 @@ def test_what_is_on_disk_is_not_said_to_be_compiled(monkeypatch):
 def test_nothing_is_said_to_a_program(monkeypatch):
     pipe, future = io.StringIO(), Future()
     future.set_result(7)
-    assert progress.result_of(future, "a test", lambda: True, pipe) == 7
+    assert messages.result_of(future, "a test", lambda: True, pipe) == 7
     assert pipe.getvalue() == ""
 
 
@@ -67,11 +67,11 @@ def test_a_miss_of_the_cache_on_disk_is_noticed(compiled_steps, tmp_path):
     """In processes of their own: the first finds an empty cache, the second what the first has left there."""
     program = (
         "import torch\n"
-        "from compiled_fa import inductor\n"
-        "before = inductor._cache_misses()\n"
+        "from compiled_fa.inductor import graphs\n"
+        "before = graphs._cache_misses()\n"
         "make = lambda size: [torch.empty(size('n', 8))]\n"
-        "inductor.compile_graph(lambda x: (x + 1,), make, {})\n"
-        "print(inductor._cache_misses() - before)"
+        "graphs.compile_graph(lambda x: (x + 1,), make, {})\n"
+        "print(graphs._cache_misses() - before)"
     )
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program]
@@ -81,7 +81,7 @@ def test_a_miss_of_the_cache_on_disk_is_noticed(compiled_steps, tmp_path):
 
 def test_errors_pass_through():
     with ThreadPoolExecutor(1) as pool, pytest.raises(ZeroDivisionError):
-        progress.result_of(pool.submit(lambda: 1 / 0), "a test", lambda: True, Terminal())
+        messages.result_of(pool.submit(lambda: 1 / 0), "a test", lambda: True, Terminal())
 
 
 FEATURES = {"causal": True, "softcap": 5.0, "dropout_p": 0.1}
@@ -92,15 +92,14 @@ FEATURES = {"causal": True, "softcap": 5.0, "dropout_p": 0.1}
     ("dtype", "options"), [(torch.float32, FEATURES), (torch.float32, {}), (torch.bfloat16, {})], ids=str
 )
 def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options, monkeypatch):
-    monkeypatch.setattr(inductor, "_compiled", {})
-    monkeypatch.setattr(step_compiler, "_failed", set())
+    STEPS.clear()
     torch.manual_seed(1)
     state = torch.get_rng_state()
     assert compiled_fa.warmup(seqlen=300, varlen=varlen, dtype=dtype, **options) > 0
     assert torch.equal(torch.get_rng_state(), state)
     if options or (dtype == torch.bfloat16 and fast_bfloat16()):
-        assert inductor._compiled
-    monkeypatch.setattr(inductor, "compile_graph", None)  # to compile anything now is an error
+        assert len(STEPS)
+    monkeypatch.setattr(graphs, "compile_graph", None)  # to compile anything now is an error
     if varlen:
         many, q = [60] * 70, torch.randn(60 * 70, 2, 64, dtype=dtype)
         cu_seqlens = torch.tensor([0, *accumulate(many)], dtype=torch.int32)
@@ -113,23 +112,21 @@ def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options,
         else:
             out = compiled_fa.flash_attn_func(q, q, q, **options)
         out.sum().backward()
-    assert not step_compiler._failed
+    assert not any("could not compile" in said for said in messages._said)
 
 
 def test_warmup_compiles_decoding(compiled_steps, monkeypatch):
-    monkeypatch.setattr(decode_plan, "_plans", {})
-    monkeypatch.setattr(inductor, "_compiled", {})
-    monkeypatch.setattr(step_compiler, "_failed", set())
+    compiled_fa.clear_caches()
     compiled_fa.warmup(seqlen=64, nheads=4, nheads_k=2, head_dim=32, decode=True, backward=False)
-    assert len(inductor._compiled) == 1
-    monkeypatch.setattr(inductor, "compile_graph", None)
+    assert len(STEPS) == 1
+    monkeypatch.setattr(graphs, "compile_graph", None)
     q, cache = torch.randn(3, 1, 6, 32), torch.randn(3, 2048, 3, 32)
     dense = compiled_fa.flash_attn_func(q, cache, cache)
     cu_q, cu_k = torch.arange(4, dtype=torch.int32), 2048 * torch.arange(4, dtype=torch.int32)
     pages, table = cache.view(3 * 8, 256, 3, 32), torch.arange(3 * 8, dtype=torch.int32).view(3, 8)
     paged = compiled_fa.flash_attn_varlen_func(q[:, 0], pages, pages, cu_q, cu_k, 1, 2048, block_table=table)
     assert torch.equal(dense[:, 0], paged)
-    assert not step_compiler._failed
+    assert not any("could not compile" in said for said in messages._said)
 
 
 def test_warmup_refuses_what_calls_refuse():

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from support import Case, cases, check_against_float64, cumulative, make, packed, run_tiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from compiled_fa import engines, flash_attn_func, inductor, use_engine
+from compiled_fa import engines, flash_attn_func, messages, use_engine
 from compiled_fa.engines import fused
 from compiled_fa.engines.fused import attention, flex
 from compiled_fa.engines.fused.aligned import Aligned
 from compiled_fa.engines.fused.blocks import BLOCK, Lengths, block_tables
-from compiled_fa.engines.fused.layouts import _dense_block_tables, layout_of
+from compiled_fa.engines.fused.layouts import DenseLayout, _dense_block_tables, layout_of
 from compiled_fa.problem import Packed, Problem
 from compiled_fa.scores import Window
 
@@ -116,8 +116,9 @@ def test_block_tables_of_a_large_batch_are_small():
 
 
 def test_dense_block_tables_are_made_once():
-    arguments = Window(7, 0), 300, 200, torch.device("cpu")
-    assert _dense_block_tables(*arguments) is _dense_block_tables(*arguments)
+    q, k = (torch.randn(1, n, 2, 8) for n in (300, 200))
+    problem = Problem.of(q, k, k, None, None, True, 7)
+    assert DenseLayout(problem).block_tables is DenseLayout(problem).block_tables
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -280,10 +281,10 @@ def test_reasons_on_a_gpu(monkeypatch, capability, problem, reason):
 
 def test_serving_by_second_choice_is_said_once(monkeypatch, caplog):
     """Off the CPU, where the fused engine is expected."""
-    monkeypatch.setattr(inductor, "_said", set())
+    monkeypatch.setattr(messages, "_said", set())
     q = torch.empty(1, 4, 2, 8, device="meta")
     for _ in range(2):
-        assert engines.serving("auto", Problem.of(q, q, q, None), "forward") is engines.tiled
+        assert engines.select(Problem.of(q, q, q, None), "forward").engine.name == "tiled"
     assert len(caplog.records) == 1
     assert "tiled engine serves on meta, not fused: it needs a CUDA device" in caplog.text
 

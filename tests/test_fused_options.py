@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import TURING, TURING_WIDE, capability_of, options_for
+from compiled_fa.engines.fused.options import capability_of, options_for
 from compiled_fa.scores import Window
+from compiled_fa.tuning.gpu import TURING, TURING_WIDE
 
 PLAIN = Features(
     softmax_scale=1.0, softcap=None, alibi=False, window=Window(None, 0), threshold=None, packed=False, square=True

@@ -8,8 +8,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from compiled_fa import flash_attn_func, inductor, lowering, ops
+from compiled_fa import flash_attn_func, messages, ops
 from compiled_fa.engines import sdpa_cpu
+from compiled_fa.inductor import lowering
 
 OURS = {torch.ops.compiled_fa.attention.default, torch.ops.compiled_fa.attention_backward.default}
 KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -116,7 +117,7 @@ def test_other_backends_see_the_op():
 def test_without_inductors_table_ops_stay_and_it_says_so(monkeypatch, caplog):
     monkeypatch.delattr("torch._inductor.decomposition.fast_random_decomps")
     monkeypatch.setattr(lowering, "_untold", {torch.ops.compiled_fa.attention.default: None})
-    monkeypatch.setattr(inductor, "_said", set())
+    monkeypatch.setattr(messages, "_said", set())
     with caplog.at_level(logging.WARNING, logger="compiled_fa"):
         lowering.tell_inductor()
         lowering.tell_inductor()

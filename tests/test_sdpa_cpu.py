@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import Case, cases, check_against_float64, make, run_engine
+from tuned import retune
 
-from compiled_fa.engines import choose, sdpa_cpu
+from compiled_fa.engines import sdpa_cpu, select
 
 PLAIN = {"window_size": (-1, -1), "softcap": 0.0, "slopes": "none", "dropout_p": 0.0, "tiles": None}
 
@@ -63,7 +64,7 @@ def test_half_precision_in_pieces(monkeypatch):
     data = make(Case(((30, 40),) * 3, True, nheads_k=3, heads_per_key=2, dtype=torch.float16))
     whole = run_engine(sdpa_cpu, data)
     for limit in (1, 20_000):
-        monkeypatch.setattr(sdpa_cpu.kernel, "WIDENED_BYTES", limit)
+        retune(monkeypatch, sdpa_cpu={"widened_bytes": limit})
         pieces = run_engine(sdpa_cpu, data)
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
@@ -87,7 +88,7 @@ def test_windows_that_hide_nothing_are_none(seqlen_q, seqlen_k, left, right, cau
     kept = problem.window.contains(position, key.expand(seqlen_q, seqlen_k))
     assert torch.equal(problem.window_in_force.contains(position, key.expand(seqlen_q, seqlen_k)), kept)
     if kept.all():
-        assert choose("auto", torch.device("cpu"), problem)[0] == "sdpa_cpu"
+        assert select(problem, "forward").engine.name == "sdpa_cpu"
 
 
 def test_what_it_leaves_to_others():
@@ -99,6 +100,6 @@ def test_what_it_leaves_to_others():
         {"softmax_scale": -1.0},
     ):
         problem = make(Case(((9, 9),), True, **options)).problem()
-        assert choose("auto", problem.q.device, problem)[0] == "tiled"
+        assert select(problem, "forward").engine.name == "tiled"
         with pytest.raises(RuntimeError, match="sdpa_cpu engine was asked for"):
-            choose("sdpa_cpu", problem.q.device, problem)
+            select(problem, "forward", "sdpa_cpu")

@@ -7,18 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import DTYPES, WINDOW_SIDE, Case, check_against_float64, make, replace
+from tuned import retune
 
-from compiled_fa import untiled
-from compiled_fa.engines import choose, tiled
-from compiled_fa.engines.tiled.split_kv import short_varlen, step
+from compiled_fa.caches import clear_caches
+from compiled_fa.engines import select, split_kv
+from compiled_fa.engines.split_kv import short_varlen
 
 
 def shrink(patch):
-    """Few scores at once; eager."""
-    patch.setattr(untiled, "SHORT_ELEMENTS", 1)
-    patch.setattr(short_varlen, "SCORES", 1 << 12)
-    patch.setattr(short_varlen, "_plans", {})
-    patch.setattr(step, "alone", lambda shape: lambda tensors: step.attend_alone(shape, *tensors))
+    """Few scores at once."""
+    retune(patch, split_kv={"short_from_elements": 1, "score_bytes": 1 << 12})
 
 
 @st.composite
@@ -46,17 +44,18 @@ def test_agrees_with_float64(case):
     problem = data.problem()
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
-        if not short_varlen.pays(problem):  # there is nothing
+        refusal = split_kv.unsupported_reason(problem.q.device, problem)
+        if refusal == "there are no queries, or no keys":
             assert not problem.v.numel() or not problem.q.numel()
             return
-        found = short_varlen.forward(problem)
-        again = short_varlen.forward(problem)
+        if (refusal := short_varlen.unsupported_reason(problem)) is None:
+            assert short_varlen.pays(problem)
+            found = short_varlen.forward(problem)
+            again = short_varlen.forward(problem)
     longest = max(n for _, n in case.lengths)
-    if found is None:  # memory of less than a window
-        assert (
-            data.q.shape[0] < 4
-            or data.k.shape[0] < max(1, -(-longest // short_varlen.MULTIPLE)) * short_varlen.MULTIPLE
-        )
+    if refusal is not None:  # memory of less than a window
+        assert refusal == "there are fewer rows than it reads at once"
+        assert data.q.shape[0] < 4 or data.k.shape[0] < max(1, -(-longest // 16)) * 16
         return
     assert all(x.is_contiguous() for x in found)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))  # by the plan of the first
@@ -83,12 +82,9 @@ def test_who_serves_short_sequences(compiled_steps, monkeypatch):
     def served(lengths, **options):
         data = make(Case(tuple((n, n) for n in lengths), nheads_k=8, head_dim=64, head_dim_v=64, **options))
         problem = data.problem()
-        name = choose("auto", problem.q.device, problem)[0]
-        return f"step of {name}" if name == "tiled" and short_varlen.pays(problem) else name
+        return select(problem, "forward").engine.name
 
-    assert (
-        served([60] * 20) == served([60] * 20, dtype=torch.bfloat16) == served([90] * 9, softcap=1.0) == "step of tiled"
-    )
+    assert served([60] * 20) == served([60] * 20, dtype=torch.bfloat16) == served([90] * 9, softcap=1.0) == "split_kv"
     assert served([60] * 2) == served([60] * 20 + [97]) == "sdpa_cpu"
     assert served([60] * 20, slopes="heads") == served([97], softcap=1.0) == "tiled"
     monkeypatch.setenv("COMPILED_FA_COMPILE", "0")  # tiles run eagerly then, slower than sdpa_cpu
@@ -97,11 +93,12 @@ def test_who_serves_short_sequences(compiled_steps, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "causal"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_compiled(compiled_steps, monkeypatch, dtype, causal):
-    monkeypatch.setattr(short_varlen, "_plans", {})
+    clear_caches()
     for lengths in ((9, 30, 0, 61, 7, 8, 8, 64, 1), (50, 20)):
         data = make(Case(tuple((n, n) for n in lengths), False, 3, 2, 32, 64, dtype, causal))
         found = short_varlen.forward(data.problem())
-        assert found is not None
         check_against_float64(data, dict(zip(("out", "lse"), found, strict=True)))
-        monkeypatch.setattr(untiled, "SHORT_ELEMENTS", 1)
-        assert torch.equal(found[0], tiled.forward(data.problem())[0])
+        retune(monkeypatch, split_kv={"short_from_elements": 1})
+        route = select(data.problem(), "forward")
+        assert route.engine is split_kv
+        assert torch.equal(found[0], route.engine.forward(data.problem())[0])

@@ -7,12 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import Case, check_against_float64, make, run_tiled
+from tuned import retune
 
 from compiled_fa.engines import tiled
-from compiled_fa.engines.tiled import TileSizes, call, chunks, fast_math, products, tiles
-from compiled_fa.engines.tiled.scratch import KEPT_BYTES, Scratch
+from compiled_fa.engines.tiled import TileSizes, call, chunks, products
+from compiled_fa.engines.tiled import scratch as tiled_scratch
+from compiled_fa.engines.tiled.scratch import Scratch
+from compiled_fa.inductor import fast_math
 from compiled_fa.problem import Packed, Problem
 from compiled_fa.scores import Window
+from compiled_fa.tuning import current
 
 
 def computed_scores(monkeypatch, problem, direction="forward"):
@@ -163,8 +167,7 @@ def test_products_in_half_precision(tiles_run, options, dense):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"slopes": "batch"}], ids=str)
 def test_lengths_rounded_up(monkeypatch, tiles_run, options):
     """As bf16 sequences of very many lengths are."""
-    monkeypatch.setattr(tiles, "HALF_LENGTHS", 1)
-    monkeypatch.setattr(tiles, "HALF_LENGTHS_BANDED", 1)
+    retune(monkeypatch, tiled={"bf16_lengths": 1, "bf16_lengths_banded": 1})
     lengths = ((200, 130), (0, 5), (7, 0), (300, 290), (1, 1), (192, 256))
     data = make(Case(lengths, heads_per_key=2, head_dim=32, dtype=torch.bfloat16, **options))
     check_against_float64(data, run_tiled(data))
@@ -175,7 +178,7 @@ def test_lengths_rounded_up(monkeypatch, tiles_run, options):
 @pytest.mark.usefixtures("fast_bfloat16")
 def test_pages_end_where_their_table_does(monkeypatch, tiles_run):
     """Lengths are not rounded up there."""
-    monkeypatch.setattr(tiles, "HALF_LENGTHS", 1)
+    retune(monkeypatch, tiled={"bf16_lengths": 1})
     data = make(Case(((200, 140), (190, 100)), nheads_k=1, head_dim=16, head_dim_v=16, dtype=torch.bfloat16))
     pages = [torch.zeros(2, 140, 1, 16, dtype=torch.bfloat16) for _ in range(2)]
     for page, rows in zip(pages, (data.k, data.v), strict=True):
@@ -237,12 +240,12 @@ def test_dense_calls_send_and_read_nothing(monkeypatch):
 def test_scratch_is_reused_and_large_buffers_are_given_back():
     with Scratch(torch.device("cpu")) as scratch:
         small = scratch.take("a test's small", (3, 5), torch.float32)
-        large = scratch.take("a test's large", (KEPT_BYTES,), torch.float32)
+        large = scratch.take("a test's large", (current().tiled.kept_buffer_bytes,), torch.float32)
         assert scratch.take("a test's small", (15,), torch.float32).data_ptr() == small.data_ptr()
     with Scratch(torch.device("cpu")) as scratch:
         assert scratch.take("a test's small", (4,), torch.float32).data_ptr() == small.data_ptr()
         del large
-        assert ("a test's large", torch.float32) not in scratch._buffers
+        assert ("a test's large", torch.float32) not in tiled_scratch._kept._mine()
 
 
 def test_peak_memory_is_linear_in_length(monkeypatch):

@@ -24,8 +24,8 @@ from typing import Literal
 import torch
 
 from compiled_fa.engines.tiled.call import Call
-from compiled_fa.engines.tiled.tiles import LARGEST
 from compiled_fa.problem import Problem
+from compiled_fa.tuning import current
 
 Direction = Literal["forward", "training"]
 Bytes = dict[str, int]
@@ -117,7 +117,7 @@ def tiled(config: Config, direction: Direction) -> Tiling:
         rows = chunk.batch_heads * heads * tile_q
         scratch = dict.fromkeys(("queries", "dout"), queries * head_dim * size)
         scratch |= {"dq": queries * head_dim * wide, "lse": queries * wide, "delta": queries * wide}
-        scratch["out"] = chunk.batch_heads * heads * min(LARGEST, config.seqlen_q) * head_dim * wide
+        scratch["out"] = chunk.batch_heads * heads * min(current().tiled.tile, config.seqlen_q) * head_dim * wide
         scratch |= dict.fromkeys(("keys", "values"), chunk.batch_heads * tile_k * head_dim * size)
         scratch |= dict.fromkeys(("dk", "dv"), chunk.batch_heads * tile_k * head_dim * wide)
         scratch |= dict.fromkeys(("scores", "dprobs"), rows * tile_k * size)

@@ -50,7 +50,8 @@ PROCESSES = 2
 # What a kernel's machine code and figures depend on, besides its spec.
 ENGINE = [f"compiled_fa/engines/fused/{name}.py" for name in ("blocks", "flex", "mods")]
 OFFLINE = [f"tools/offline/{name}.py" for name in ("compile", "engine", "fake_t4", "figures", "machine_code")]
-SOURCES = [*ENGINE, *OFFLINE, "compiled_fa/inductor.py", "compiled_fa/scores/*.py", "compiled_fa/turing/*.py"]
+COMPILING = ["compiled_fa/inductor/graphs.py", "compiled_fa/tuning/gpu.py"]
+SOURCES = [*ENGINE, *OFFLINE, *COMPILING, "compiled_fa/scores/*.py", "compiled_fa/turing/*.py"]
 
 
 @dataclasses.dataclass(frozen=True)

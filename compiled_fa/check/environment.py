@@ -8,7 +8,10 @@ import sys
 
 import torch
 
-from .. import engines, inductor
+from .. import caches, engines
+from ..inductor.graphs import compiler
+from ..inductor.steps import eager_reason
+from ..tuning import current
 
 
 def _version(package: str) -> str:
@@ -21,8 +24,8 @@ def _version(package: str) -> str:
 def _engines(asked_for: str, device: torch.device) -> str:
     """Those that serve the device, each what the ones before it leave, and why others do not."""
     if asked_for != "auto":
-        return "{} ({})".format(*engines.choose(asked_for, device))
-    refusals = {name: engine.unsupported_reason(device) for name, engine in engines.ENGINES.items()}
+        return f"{asked_for} (asked for by name)"
+    refusals = {engine.name: engine.unsupported_reason(device) for engine in engines.ENGINES}
     serving = ", then ".join(name for name, reason in refusals.items() if reason is None)
     others = "; ".join(f"not {name}: {reason}" for name, reason in refusals.items() if reason is not None)
     return f"{serving} ({others})" if others else serving
@@ -38,11 +41,11 @@ def describe(device: torch.device, engine: str) -> dict[str, str]:
         "Python": sys.version.split()[0],
         "torch": torch.__version__,
         "Triton": _version("triton"),
-        "C++ compiler": inductor.compiler() or "none found",
+        "C++ compiler": compiler() or "none found",
         "device": f"{device} ({hardware}), {torch.get_num_threads()} threads",
         "compute capability": capability,
         "engine": _engines(engine, device),
-        "compiled steps": inductor.eager_reason() or "yes, by Inductor"
-        if device.type == "cpu"
-        else "no, plain PyTorch ops",
+        "compiled steps": (eager_reason() or "yes, by Inductor") if device.type == "cpu" else "no, plain ops",
+        "tuned for": f"{current().name}: {current().measured_on}",
+        "caches": caches.contents(),
     }

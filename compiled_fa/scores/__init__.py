@@ -4,6 +4,7 @@ program.py    the score program: the terms below put together as functions of (s
 terms.py      scale, softcap, ALiBi and their derivative
 masks.py      which keys a query sees (window, causal, lengths), element by element and as ranges
 dropout.py    which probabilities are kept: an integer hash of (seed, batch, head, q_idx, kv_idx)
+arguments.py  the program as arguments of compiled code
 """
 
 from .dropout import Dropout

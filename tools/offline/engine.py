@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from compiled_fa import inductor
 from compiled_fa.engines.fused.flex import Spec
+from compiled_fa.inductor import graphs
 from tools.offline import fake_t4
 from tools.offline.compile import Compiled, KernelSource, compile_source
 
@@ -36,7 +36,7 @@ def capture(spec: Spec) -> KernelSource:
     original = async_compile.AsyncCompile.triton
     async_compile.AsyncCompile.triton = triton  # type: ignore[method-assign, assignment]
     try:
-        inductor.compile_graph(spec.graph(), lambda size: spec.example_inputs("cuda", size), dict(_CONFIG))
+        graphs.compile_graph(spec.graph(), lambda size: spec.example_inputs("cuda", size), dict(_CONFIG))
     finally:
         async_compile.AsyncCompile.triton = original  # type: ignore[method-assign]
     # Beside it are pointwise kernels: lse's change of base, delta's.

@@ -176,7 +176,7 @@ def _compile_here(spec: flex.Spec, turing: bool) -> Graph:
     import torch._inductor.async_compile as async_compile
     from torch._inductor.graph import GraphLowering
 
-    from compiled_fa import inductor
+    from compiled_fa.inductor import graphs
 
     sources: dict[str, str] = {}
     wrappers: list[str] = []
@@ -195,7 +195,7 @@ def _compile_here(spec: flex.Spec, turing: bool) -> Graph:
         mock.patch.object(async_compile.AsyncCompile, "triton", keep),
         mock.patch.object(GraphLowering, "save_output_code", wrappers.append),
     ):
-        inductor.compile_graph(spec.graph(), lambda size: spec.example_inputs("cuda", size), settings)
+        graphs.compile_graph(spec.graph(), lambda size: spec.example_inputs("cuda", size), settings)
     (wrapper,) = wrappers
     return Graph({name: _compile_kernel(name, source, turing) for name, source in sources.items()}, wrapper)
 

@@ -9,6 +9,8 @@ flex.py       the template's operators, and their compilation
 options.py    tile sizes, warps and stages
 """
 
-from .attention import backward, defers, forward, unsupported_reason
+from .attention import backward, defers, forward, inlines, unsupported_reason
 
-__all__ = ["backward", "defers", "forward", "unsupported_reason"]
+__all__ = ["backward", "defers", "forward", "inlines", "name", "unsupported_reason"]
+
+name = "fused"

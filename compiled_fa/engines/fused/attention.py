@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ... import turing
-from ...inductor import say_once
+from ...messages import say_once
 from ...problem import Direction, Problem
 from . import flex
 from .layouts import Layout, canonical, layout_of, padded
-from .mods import Features, named
+from .mods import Features
 from .options import capability_of, options_for
 
 LARGEST_HEAD_DIM = 256
@@ -22,7 +22,9 @@ LARGEST_TENSOR = 2**30  # kernels index with 32 bits, and block-aligned copies a
 TURING = (7, 5)
 
 
-def unsupported_reason(device: torch.device, problem: Problem | None = None) -> str | None:
+def unsupported_reason(
+    device: torch.device, problem: Problem | None = None, direction: Direction = "forward"
+) -> str | None:
     """Why this engine cannot serve a device, or a call on it; None: it can."""
     if device.type != "cuda":
         return f"it needs a CUDA device, and this is {device.type}"
@@ -48,8 +50,13 @@ def unsupported_reason(device: torch.device, problem: Problem | None = None) -> 
     return None
 
 
-def defers(problem: Problem, direction: Direction) -> bool:
+def defers(problem: Problem, direction: Direction, to: str) -> bool:
     """Is another engine faster at a call that this one could serve? None is known to be."""
+    return False
+
+
+def inlines(problem: Problem) -> bool:
+    """Its kernels are compiled by themselves."""
     return False
 
 
@@ -64,14 +71,14 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     layout = layout_of(problem)
     q, k, v = _loaded(layout, problem)
     spec = _spec("forward", layout.features, problem, layout, (q, k, v))
-    out, lse = flex.run(spec, [q, k, v, *layout.block_tables, *named(layout.buffers, layout.features)])
+    out, lse = flex.run(spec, [q, k, v, *layout.block_tables, *layout.buffers.flatten()])
     if problem.dropout_p > 0.0:
         # The kernel normalised over the kept keys. The softmax is over all of them, whose lse a second pass finds:
         # out = exp(lse_kept - lse) / (1 - p) * out_kept. Its v is a sliver of v, to have less to multiply.
         features = layout.features.without_dropout()
         sliver = canonical(v[..., : padded(v[..., :1]).shape[-1]])
         spec = _spec("forward", features, problem, layout, (q, k, sliver))
-        _, lse_all = flex.run(spec, [q, k, sliver, *layout.block_tables, *named(layout.buffers, features)])
+        _, lse_all = flex.run(spec, [q, k, sliver, *layout.block_tables, *layout.buffers.without_dropout().flatten()])
         factor = torch.exp(lse - lse_all.clamp(min=torch.finfo(torch.float32).min)) / (1.0 - problem.dropout_p)
         out, lse = (out * factor[..., None]).to(out.dtype), lse_all
     out = layout.store_queries(out[..., : problem.v.shape[-1]])
@@ -97,8 +104,7 @@ def backward(
     lses = layout.load_queries(lse.mT[..., None], fill=math.inf)[..., 0].contiguous()
     deltas = layout.load_queries(delta[..., None])[..., 0].contiguous()
     spec = _spec("backward", layout.features, problem, layout, (q, k, v, douts))
-    buffers = named(layout.buffers, layout.features)
-    dq, dk, dv = flex.run(spec, [q, k, v, douts, lses, deltas, *layout.block_tables, *buffers])
+    dq, dk, dv = flex.run(spec, [q, k, v, douts, lses, deltas, *layout.block_tables, *layout.buffers.flatten()])
     return (
         layout.store_queries(dq[..., : problem.q.shape[-1]]),
         layout.store_keys(dk[..., : problem.k.shape[-1]]),

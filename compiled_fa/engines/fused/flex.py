@@ -22,7 +22,9 @@ import torch._higher_order_ops
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ... import inductor
+from ...caches import Cache
+from ...inductor import graphs
+from ...inductor.graphs import Compiled
 from ...problem import Direction
 from .blocks import BLOCK
 from .mods import Features, Mods
@@ -38,6 +40,9 @@ TEMPLATE = {
     "ROWS_GUARANTEED_SAFE": False,  # a row without a key gives 0
     "WRITE_DQ": True,
 }
+
+
+KERNELS: Cache[object, Compiled] = Cache("compiled kernels", entries=512)
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,11 @@ def run(spec: Spec, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return spec.graph()(*inputs)
     device = inputs[0].device.type
     what = f"the fused {spec.direction} kernel for head_dim {spec.head_dim}"
-    call = inductor.compiled_graph(spec, spec.graph(), lambda size: spec.example_inputs(device, size), what)
-    return tuple(call(list(inputs)))
+
+    def compile_it() -> Compiled:
+        return graphs.compiled_graph(spec.graph(), lambda size: spec.example_inputs(device, size), what)
+
+    return tuple(KERNELS.get((spec, device), compile_it)(list(inputs)))
 
 
 def _operators() -> Any:

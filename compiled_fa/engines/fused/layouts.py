@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...caches import Cache
 from ...problem import Problem
 from ...scores import Window
 from .aligned import Aligned
 from .blocks import BLOCK, BlockTables, Lengths, block_tables, blocks_of
-from .mods import Features
+from .mods import Buffers, Features
+
+_tables: Cache[object, BlockTables] = Cache(
+    "dense block tables", entries=256, nbytes=64 << 20, size_of=lambda tables: sum(x.nbytes for x in tables)
+)
 
 SMALLEST_HEAD_DIM = 16  # tl.dot takes no less: smaller ones are padded with zeros
 
@@ -23,7 +28,7 @@ class Layout(Protocol):
 
     features: Features
     block_tables: BlockTables
-    buffers: dict[str, Tensor]
+    buffers: Buffers
     divisible: bool
 
     def load_queries(self, rows: Tensor, fill: float = 0.0) -> Tensor: ...
@@ -39,25 +44,22 @@ def layout_of(problem: Problem) -> Layout:
     return DenseLayout(problem) if problem.packed is None else AlignedLayout(problem)
 
 
-def _features(
-    problem: Problem, packed: bool, square: bool, batch: Tensor, q_idx: Tensor
-) -> tuple[Features, dict[str, Tensor]]:
+def _features(problem: Problem, packed: bool, square: bool, batch: Tensor, q_idx: Tensor) -> tuple[Features, Buffers]:
     """What is fixed in the kernel, and the buffers that come with it.
 
     batch, q_idx: the score program's indices of the layout's rows, broadcastable to (batch, heads, rows).
     """
     program = problem.program(0, 0)
-    buffers = {}
-    if program.alibi_slopes is not None:
-        buffers["alibi_slopes"] = program.alibi_slopes.contiguous()
+    slopes = None if program.alibi_slopes is None else program.alibi_slopes.contiguous()
     threshold = None
+    row: tuple[Tensor | None, Tensor | None] = None, None
     if program.dropout is not None:
         head = torch.arange(problem.q.shape[-2], dtype=torch.int32, device=problem.q.device)[:, None]
-        buffers["dropout_low"], buffers["dropout_high"] = program.dropout.row(batch, head, q_idx)
+        row = program.dropout.row(batch, head, q_idx)
         threshold = int(program.dropout.threshold)
     softcap = None if program.softcap is None else float(program.softcap)
-    alibi = program.alibi_slopes is not None
-    return Features(problem.softmax_scale, softcap, alibi, program.window, threshold, packed, square), buffers
+    fixed = problem.softmax_scale, softcap, slopes is not None, program.window, threshold, packed, square
+    return Features(*fixed), Buffers(slopes, *row)
 
 
 class DenseLayout:
@@ -69,11 +71,15 @@ class DenseLayout:
         batch = torch.arange(problem.batch, dtype=torch.int32, device=problem.q.device)[:, None, None]
         q_idx = torch.arange(seqlen_q, dtype=torch.int32, device=problem.q.device)
         self.features, self.buffers = _features(problem, False, square, batch, q_idx)
-        make = _dense_block_tables if _on_default_stream(problem.q.device) else _dense_block_tables.__wrapped__
-        self.block_tables = make(problem.window, seqlen_q, seqlen_k, problem.q.device)
+        shape = problem.window, seqlen_q, seqlen_k, problem.q.device
+        if _on_default_stream(problem.q.device):
+            self.block_tables = _tables.get(shape, lambda: _dense_block_tables(*shape))
+        else:
+            self.block_tables = _dense_block_tables(*shape)
         self.divisible = seqlen_q % BLOCK == 0 and seqlen_k % BLOCK == 0
         if not square:
-            self.buffers["shift"] = torch.full((), seqlen_k - seqlen_q, dtype=torch.int32, device=problem.q.device)
+            shift = torch.full((), seqlen_k - seqlen_q, dtype=torch.int32, device=problem.q.device)
+            self.buffers = replace(self.buffers, shift=shift)
 
     def load_queries(self, rows: Tensor, fill: float = 0.0) -> Tensor:
         return rows.transpose(1, 2)
@@ -93,7 +99,6 @@ def _on_default_stream(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
-@functools.lru_cache(maxsize=256)
 def _dense_block_tables(window: Window, seqlen_q: int, seqlen_k: int, device: torch.device) -> BlockTables:
     lengths_q, lengths_k = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (seqlen_q, seqlen_k))
     lengths = Lengths(lengths_q, lengths_k, seqlen_q, seqlen_k)
@@ -118,9 +123,16 @@ class AlignedLayout:
         self._k = Aligned(packed.cu_seqlens_k, total_k, pages)
         lengths = Lengths(self._q.lengths, self._k.lengths, packed.max_seqlen_q, packed.max_seqlen_k)
         self.block_tables = block_tables(problem.window, self._q.blocks, self._k.blocks, lengths)
-        self.features, self.buffers = _features(problem, True, False, self._q.batch[None, None], self._q.index)
-        self.buffers |= {"seqlens_q": self._q.lengths, "seqlens_k": self._k.lengths, "q_batch": self._q.batch}
-        self.buffers |= {"q_index": self._q.index, "k_batch": self._k.batch, "k_index": self._k.index}
+        self.features, buffers = _features(problem, True, False, self._q.batch[None, None], self._q.index)
+        self.buffers = replace(
+            buffers,
+            seqlens_q=self._q.lengths,
+            seqlens_k=self._k.lengths,
+            q_batch=self._q.batch,
+            q_index=self._q.index,
+            k_batch=self._k.batch,
+            k_index=self._k.index,
+        )
 
     def load_queries(self, rows: Tensor, fill: float = 0.0) -> Tensor:
         return self._q.load(rows, fill)

@@ -1,6 +1,6 @@
 """Kernel options: tile sizes, warps and pipeline stages of the template.
 
-On Turing they come from the table below; Inductor's tables begin with Ampere, and serve from there on.
+On Turing they come from tuning/gpu.py; Inductor's tables begin with Ampere, and serve from there on.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from ...problem import Direction
+from ...tuning import FlexOptions
+from ...tuning.gpu import TURING, TURING_WIDE
 from .mods import Features
-
-Options = tuple[tuple[str, int], ...]
 
 
 def options_for(
@@ -19,7 +19,7 @@ def options_for(
     dtype: torch.dtype,
     features: Features,
     capability: tuple[int, int],
-) -> Options:
+) -> FlexOptions:
     """By the template's names; empty: Inductor's own."""
     if capability >= (8, 0) or capability == (0, 0):
         return ()
@@ -38,62 +38,6 @@ def _feature_class(features: Features) -> str:
 def _class(head_dim: int) -> int:
     """The table's head_dim that serves this one: the next one up."""
     return next(entry for entry in (32, 64, 128, 256) if head_dim <= entry)
-
-
-def _forward(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Options:
-    return (("BLOCK_M", block_m), ("BLOCK_N", block_n), ("num_warps", num_warps), ("num_stages", num_stages))
-
-
-def _backward(m1: int, n1: int, m2: int, n2: int, num_warps: int, num_stages: int) -> Options:
-    blocks = (("BLOCK_M1", m1), ("BLOCK_N1", n1), ("BLOCK_M2", m2), ("BLOCK_N2", n2))
-    return (*blocks, ("num_warps", num_warps), ("num_stages", num_stages))
-
-
-# The best that `python -m tools.turing_report --search` found for fp16, in the order of `ranked` there: in Turing's
-# shared memory, without spills (or with the fewest), then with warps and a pipeline to hide latency, then by the cycles
-# that the loops' instructions take. Behind each: registers; blocks an SM; the share of the tensor cores' peak that
-# those cycles allow, "dense" causal, "many" with all. The tool's report compiles each with and without GQA; where the
-# first in order spills then, or takes all 64 KB though an equal one does not, this is the next. "packed" was not
-# searched: it is the dense entry, or where that spills the next of dense ones that does not.
-TURING: dict[tuple[str, int, str], Options] = {
-    ("forward", 32, "dense"): _forward(128, 64, 4, 2),  # 238, 2, 91 %
-    ("forward", 32, "packed"): _forward(128, 64, 4, 2),  # 244, 2, 84 %
-    ("forward", 32, "many"): _forward(64, 64, 4, 2),  # 163, 3, 26 %
-    ("forward", 64, "dense"): _forward(128, 32, 4, 2),  # 236, 2, 100 %
-    ("forward", 64, "packed"): _forward(128, 32, 4, 2),  # 232, 2, 100 %
-    ("forward", 64, "many"): _forward(64, 64, 4, 2),  # 255, 2, 48 %
-    ("forward", 128, "dense"): _forward(128, 32, 8, 2),  # 234, 1, 100 %
-    ("forward", 128, "packed"): _forward(128, 32, 8, 2),  # 230, 1, 100 %
-    ("forward", 128, "many"): _forward(64, 32, 4, 1),  # 255, 2, 74 %
-    ("forward", 256, "dense"): _forward(64, 32, 4, 2),  # 255, 1, 100 %; 10 spills with GQA
-    ("forward", 256, "packed"): _forward(64, 16, 4, 1),  # 255, 1, 65 %
-    ("forward", 256, "many"): _forward(64, 16, 4, 1),  # 255, 1, 64 %; 66 spills
-    ("backward", 32, "dense"): _backward(16, 128, 128, 16, 4, 2),  # 222, 2, 100 %
-    ("backward", 32, "packed"): _backward(16, 128, 128, 16, 4, 2),  # 254, 2, 92 %
-    ("backward", 32, "many"): _backward(32, 64, 64, 32, 4, 2),  # 218, 2, 34 %
-    ("backward", 64, "dense"): _backward(32, 64, 64, 32, 4, 2),  # 248, 2, 100 %
-    ("backward", 64, "packed"): _backward(16, 64, 64, 16, 4, 2),  # 254, 2, 96 %
-    ("backward", 64, "many"): _backward(16, 64, 64, 16, 4, 2),  # 168, 2, 61 %
-    ("backward", 128, "dense"): _backward(32, 32, 32, 32, 4, 1),  # 254, 2, 83 %
-    ("backward", 128, "packed"): _backward(32, 32, 32, 32, 4, 1),  # 248, 2, 83 %
-    ("backward", 128, "many"): _backward(32, 32, 32, 32, 4, 1),  # 246, 2, 83 %
-    ("backward", 256, "dense"): _backward(32, 32, 32, 32, 8, 2),  # 255, 1, 52 %
-    ("backward", 256, "packed"): _backward(32, 32, 32, 32, 8, 2),  # 255, 1, 52 %
-    ("backward", 256, "many"): _backward(16, 32, 32, 16, 8, 2),  # 234, 1, 28 %
-}
-
-
-# bf16 and fp32, which Turing's tensor cores do not take: scalar arithmetic on operands in shared memory, of which a
-# block has 64 KB. The largest tiles of a few tried that fit there; behind each, KB of shared memory with all features
-# in fp32. At head_dim 256 the smallest tiles do not fit backward, so that class is not here.
-TURING_WIDE: dict[tuple[str, int], Options] = {
-    ("forward", 32): _forward(32, 32, 4, 1),
-    ("forward", 64): _forward(32, 32, 4, 1),  # 20
-    ("forward", 128): _forward(32, 32, 4, 1),  # 36
-    ("backward", 32): _backward(32, 32, 32, 32, 8, 1),
-    ("backward", 64): _backward(32, 32, 32, 32, 8, 1),  # 36
-    ("backward", 128): _backward(16, 16, 16, 16, 8, 1),  # 33
-}
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:

@@ -12,23 +12,26 @@ from __future__ import annotations
 
 import torch
 
-from ... import inductor, untiled
 from ...hardware import fast_bfloat16
-from ...inductor import say_once
+from ...messages import say_once
 from ...problem import Direction, Problem
 from ...scores import Window
+from ...tuning import current
 from . import kernel
 from .calls import backward, forward, is_one_call
 
-__all__ = ["backward", "defers", "forward", "is_one_call", "unsupported_reason"]
+__all__ = ["backward", "defers", "forward", "inlines", "name", "unsupported_reason"]
 
-FEW = 256  # tokens up to which nothing beats a single call
-FEW_QUERIES, MANY = 4, 4096  # queries up to which, and keys from which, tiles read keys faster
+name = "sdpa_cpu"
 
 EVERYTHING, CAUSAL = Window(), Window(right=0)
 
+inlines = is_one_call
 
-def unsupported_reason(device: torch.device, problem: Problem | None = None) -> str | None:
+
+def unsupported_reason(
+    device: torch.device, problem: Problem | None = None, direction: Direction = "forward"
+) -> str | None:
     """Why this engine cannot serve a device, or a call on it; None: it can."""
     if device.type != "cpu":
         return f"its kernel is for CPUs, and this is {device.type}"
@@ -50,28 +53,13 @@ def unsupported_reason(device: torch.device, problem: Problem | None = None) -> 
     return None
 
 
-def defers(problem: Problem, direction: Direction) -> bool:
-    """Is another engine faster at a call that this one could serve? As measured: bench/NOTES.md."""
-    q, k, packed = problem.q, problem.k, problem.packed
-    half = q.dtype == torch.bfloat16 and fast_bfloat16()
-    sequences = 1 if packed is None else max(1, problem.batch)
-    seqlen_q, seqlen_k = q.shape[-3] // sequences, k.shape[-3] // sequences  # on average
+def defers(problem: Problem, direction: Direction, to: str) -> bool:
+    """Are tiles faster at a call that this engine could serve? As measured: bench/NOTES.md."""
+    tuned = current().sdpa_cpu
+    half = problem.q.dtype == torch.bfloat16 and fast_bfloat16()
+    seqlen_q, seqlen_k = problem.mean_seqlens
     if direction == "backward":
-        return half or (seqlen_q > FEW and problem.window_in_force != EVERYTHING)
-    if _needs_no_tiles(problem, seqlen_q, seqlen_k) and inductor.eager_reason() is None:
-        return True
-    return seqlen_k >= FEW if half else seqlen_k >= MANY and seqlen_q <= FEW_QUERIES
-
-
-def _needs_no_tiles(problem: Problem, seqlen_q: int, seqlen_k: int) -> bool:
-    """Is it faster without tiles (untiled.py) than by this engine's kernel? Lengths are averages."""
-    q, k, packed = problem.q, problem.k, problem.packed
-    if untiled.rows(problem, seqlen_q) <= untiled.ROWS and seqlen_k >= untiled.DECODING_KEYS:
-        enough = untiled.DECODING_ELEMENTS
-        if q.dtype.itemsize >= 4:
-            enough = untiled.DECODING_ELEMENTS_FP32 // (2 if seqlen_k >= untiled.DECODING_LONG else 1)
-        if k.numel() >= enough:
-            return True
-    if packed is None or packed.max_seqlen_k > untiled.SHORT_KEYS or untiled.rows(problem, 1) > untiled.ROWS:
-        return False
-    return q.numel() >= untiled.SHORT_ELEMENTS
+        return half or (seqlen_q > tuned.causal_backward_queries and problem.window_in_force != EVERYTHING)
+    if half:
+        return seqlen_k >= tuned.bf16_tiles_from_keys
+    return seqlen_k >= tuned.few_queries_tiles_from_keys and seqlen_q <= tuned.few_queries

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Packed
-
-SHORT = 96  # tokens below which a sequence is not worth a call of its own
-ROWS = 512  # of a batch, so that it is still in the cache when it is used
+from ...tuning import current
 
 
 class Group:
@@ -40,14 +38,15 @@ class Group:
 
 def groups(packed: Packed) -> Iterator[tuple[Group, Group]]:
     """Queries and keys of all sequences: short ones with those of their lengths, others alone."""
-    first_q, first_k = packed.sums_q, packed.sums_k
-    lengths = [(first_q[s + 1] - first_q[s], first_k[s + 1] - first_k[s]) for s in range(len(first_q) - 1)]
+    tuned = current().sdpa_cpu
+    first_q, first_k = packed.host_sums
+    lengths = list(zip(*packed.host_lengths, strict=True))
     together: dict[object, list[int]] = defaultdict(list)
     for sequence, pair in enumerate(lengths):
-        together[pair if max(pair) < SHORT else sequence].append(sequence)
+        together[pair if max(pair) < tuned.shared_call_below_tokens else sequence].append(sequence)
     for members in together.values():
         length_q, length_k = lengths[members[0]]
-        at_once = max(1, ROWS // max(1, length_q, length_k))
+        at_once = max(1, tuned.shared_call_tokens // max(1, length_q, length_k))
         for start in range(0, len(members), at_once):
             some = members[start : start + at_once]
             yield Group([first_q[s] for s in some], length_q), Group([first_k[s] for s in some], length_k)

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ...memory import new_empty
 from ...problem import Problem
+from ...tuning import current
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-
-WIDENED_BYTES = 32 << 20  # of fp32 copies at a time, where half precision is computed in fp32
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -68,12 +67,13 @@ def _kernels_layout(x: Tensor) -> Tensor:
 
 
 def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Sequences, query heads and key heads whose copies in fp32 are within WIDENED_BYTES, or one key head's."""
+    """Sequences, query heads and key heads whose copies in fp32 are few enough at a time, or one key head's."""
+    most = current().sdpa_cpu.widened_bytes
     batch, nheads_k = k.shape[0], k.shape[2]
     heads_per_key = q.shape[2] // nheads_k
     bytes_per_head = 4 * (q[0].numel() + 2 * k[0].numel()) // nheads_k if batch else 1
-    heads = max(1, min(nheads_k, WIDENED_BYTES // max(1, bytes_per_head)))
-    sequences = max(1, WIDENED_BYTES // max(1, bytes_per_head * nheads_k))
+    heads = max(1, min(nheads_k, most // max(1, bytes_per_head)))
+    sequences = max(1, most // max(1, bytes_per_head * nheads_k))
     for first in range(0, batch, sequences):
         for head in range(0, nheads_k, heads):
             stop = min(head + heads, nheads_k)

@@ -2,17 +2,14 @@
 
 forward.py    Algorithm 1 of FlashAttention-2 (arXiv 2307.08691): online softmax over key tiles
 backward.py   Algorithm 2: probabilities recomputed from lse, one key tile after another
-direct/       forward without tiles, of few queries on many keys and of many short sequences
 steps.py      the arithmetic between the matrix products of a tile
 kernels.py    these steps as machine code
-features.py   a score program in machine code: what is fixed, what is an argument
 chunks.py     which sequences and heads run together, and which of their tiles exist
 keys.py       keys and values of a chunk, held or passing by
 products.py   matrix products and their dtype
 rows.py       reading and writing rows of dense, packed and paged tensors
 tiles.py      tile sizes
-scratch.py    buffers that outlive a call
-step_compiler.py  steps compiled by Inductor, and what happens where they cannot be
+scratch.py    a call's buffers
 """
 
 import torch
@@ -22,14 +19,23 @@ from .backward import backward
 from .forward import forward
 from .tiles import TileSizes
 
-__all__ = ["TileSizes", "backward", "defers", "forward", "unsupported_reason"]
+__all__ = ["TileSizes", "backward", "defers", "forward", "inlines", "name", "unsupported_reason"]
+
+name = "tiled"
 
 
-def unsupported_reason(device: torch.device, problem: Problem | None = None) -> str | None:
+def unsupported_reason(
+    device: torch.device, problem: Problem | None = None, direction: Direction = "forward"
+) -> str | None:
     """Why this engine cannot serve a device, or a call on it; None: it can. It serves them all."""
     return None
 
 
-def defers(problem: Problem, direction: Direction) -> bool:
+def defers(problem: Problem, direction: Direction, to: str) -> bool:
     """Is another engine faster at a call that this one could serve? There is none after it."""
+    return False
+
+
+def inlines(problem: Problem) -> bool:
+    """Its steps are compiled by themselves, for all shapes at once."""
     return False

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
+from ...tuning import current
 from .call import Call
 from .chunks import Chunk, spans
 from .products import Sum
-from .tiles import LARGEST, TileSizes
+from .tiles import TileSizes
 
 
 def backward(
@@ -89,7 +90,7 @@ def _deltas(call: Call, chunk: Chunk, douts: Tensor, out: Tensor, dlse: Tensor |
     """D = rowsum(dO * O) (line 4), less the gradient of lse: (batch_heads, rows of the chunk's queries)."""
     deltas = call.scratch.take("delta", tuple(douts.shape[:2]), call.dtype)
     heads = chunk.heads_per_key
-    for start, stop in spans(0, chunk.lengths_q[1], LARGEST):
+    for start, stop in spans(0, chunk.lengths_q[1], current().tiled.tile):
         rows = slice(start * heads, stop * heads)
         tile_out = call.load_queries("out", out, chunk, start, stop)
         torch.sum(tile_out.mul_(douts[:, rows]), -1, out=deltas[:, rows])

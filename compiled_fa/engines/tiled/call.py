@@ -10,6 +10,7 @@ from torch import Tensor
 from ...memory import new_empty
 from ...problem import Direction, Problem
 from ...scores import Window
+from ...tuning import current
 from . import chunks as chunking
 from . import products
 from .chunks import Chunk
@@ -17,7 +18,7 @@ from .kernels import Kernels
 from .rows import DenseRows, PackedRows, PagedRows, Rows
 from .scratch import Scratch
 from .steps import Indices
-from .tiles import HALF_MULTIPLE, LARGEST, TileSizes, choose
+from .tiles import TileSizes, choose
 
 
 class Call:
@@ -33,7 +34,7 @@ class Call:
         self.dtype = problem.lse_dtype  # of the arithmetic: fp32, fp64 for fp64
         self.keep_probability = 1.0 - problem.dropout_p
         self.scratch = Scratch(problem.q.device)
-        self.heads_per_key = problem.q.shape[-2] // max(1, problem.k.shape[-2])
+        self.heads_per_key = problem.heads_per_key
         self._tiles = tiles
         self._lay_out()
         self.kernels = Kernels(
@@ -53,19 +54,19 @@ class Call:
             self.program = problem.program(*lengths)
             longest = max(lengths)
         else:
-            lengths_q, lengths_k = packed.cu_seqlens_q.diff(), packed.cu_seqlens_k.diff()
-            self._lengths = list(zip(lengths_q.tolist(), lengths_k.tolist(), strict=True))
-            self.program = problem.program(lengths_q, lengths_k)
+            self._lengths = list(zip(*packed.host_lengths, strict=True))
+            self.program = problem.program(packed.cu_seqlens_q.diff(), packed.cu_seqlens_k.diff())
             longest = max((max(pair) for pair in self._lengths), default=0)
-            self._query_rows = PackedRows(packed.cu_seqlens_q[:-1], lengths_q)
+            self._query_rows = PackedRows(packed.cu_seqlens_q, packed.host_sums[0])
             if packed.cu_seqlens_k is packed.cu_seqlens_q and packed.block_table is None:
                 self._key_rows = self._query_rows
             elif packed.block_table is None:
-                self._key_rows = PackedRows(packed.cu_seqlens_k[:-1], lengths_k)
+                self._key_rows = PackedRows(packed.cu_seqlens_k, packed.host_sums[1])
             else:
-                self._key_rows = PagedRows(packed.block_table, problem.k.shape[1], lengths_k)
+                sums = packed.cu_seqlens_k, packed.host_sums[1]
+                self._key_rows = PagedRows(packed.block_table, problem.k.shape[1], *sums)
         device = problem.q.device
-        self._positions = torch.arange(longest + HALF_MULTIPLE, dtype=torch.int32, device=device)
+        self._positions = torch.arange(longest + current().tiled.bf16_length_multiple, dtype=torch.int32, device=device)
         self._heads = torch.arange(problem.q.shape[-2], dtype=torch.int32, device=device)
 
     def __enter__(self) -> Call:
@@ -98,7 +99,7 @@ class Call:
         """
         slopes, q, k = self.program.alibi_slopes, self.problem.q, self.problem.k
         longest = max((seqlen_k for _, seqlen_k in self._lengths), default=0)
-        if slopes is None or q.device.type != "cpu" or not q.numel() or longest <= 2 * LARGEST:
+        if slopes is None or q.device.type != "cpu" or not q.numel() or longest <= 2 * current().tiled.tile:
             return lambda sequences, heads: self._window
         largest_q, largest_k = (float(torch.linalg.vector_norm(x, dim=-1, dtype=self.dtype).max()) for x in (q, k))
 
@@ -174,6 +175,6 @@ class Call:
             places = batch, head, queries[q_start:q_stop], self._positions[k_start:k_stop]
             if rows is None:
                 return Indices(*places)
-            return Indices(*places, (rows[0][:, q_start:q_stop], rows[1][:, q_start:q_stop]))
+            return Indices(*places, rows[0][:, q_start:q_stop], rows[1][:, q_start:q_stop])
 
         return at

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...scores import Window
+from ...tuning import current
 from .tiles import TileSizes, rounded_up
 
 
@@ -26,11 +27,6 @@ class Tile(NamedTuple):
     start: int
     stop: int
     masked: bool
-
-
-ALONE = 128  # longer sequences are work enough by themselves
-MANY = 4  # sequences of one length, on average, to group by it
-SMALL = 256  # keys or queries that are rather one tile with a mask than two smaller ones
 
 
 def spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -90,7 +86,7 @@ def _tiles(needed: tuple[int, int], full: tuple[int, int], size: int) -> list[Ti
     """The needed interval in tiles, cut where the mask begins and ends: only its rims pay for it."""
     start, stop = needed
     full_start, full_stop = max(start, full[0]), min(stop, full[1])
-    if full_start >= full_stop or stop - start <= min(size, SMALL):
+    if full_start >= full_stop or stop - start <= min(size, current().tiled.uncut):
         return [Tile(*span, (full_start, full_stop) != needed) for span in spans(start, stop, size)]
     parts = ((start, full_start, True), (full_start, full_stop, False), (full_stop, stop, True))
     return [Tile(*span, masked) for first, last, masked in parts for span in spans(first, last, size)]
@@ -98,7 +94,7 @@ def _tiles(needed: tuple[int, int], full: tuple[int, int], size: int) -> list[Ti
 
 def _rounded(length: int) -> int:
     """Lengths that share a group: up to a quarter longer than the shortest; long ones only with their like."""
-    if length <= 8 or length > ALONE:
+    if length <= 8 or length > current().tiled.grouped_tokens:
         return length
     return rounded_up(length, max(2, 1 << (length.bit_length() - 3)))
 
@@ -112,7 +108,7 @@ def _groups(lengths: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[in
     for sequence, (seqlen_q, seqlen_k) in enumerate(lengths):
         if seqlen_q and seqlen_k:
             exact[seqlen_q, seqlen_k].append(sequence)
-    if sum(map(len, exact.values())) >= MANY * len(exact):
+    if sum(map(len, exact.values())) >= current().tiled.exact_group_sequences * len(exact):
         return exact
     rounded: dict[tuple[int, int], list[int]] = defaultdict(list)
     for (seqlen_q, seqlen_k), sequences in exact.items():

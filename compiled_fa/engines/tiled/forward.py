@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from . import split_kv
 from .call import Call
 from .chunks import Chunk
 from .keys import Keys
@@ -22,9 +21,6 @@ def forward(problem: Problem, tiles: TileSizes | None = None) -> tuple[Tensor, T
 
     tiles: sizes to use in place of those of tiles.py.
     """
-    found = split_kv.forward(problem) if tiles is None else None
-    if found is not None:
-        return found
     call = Call(problem, tiles)
     q, v = problem.q, problem.v
     out = call.results((*q.shape[:-1], v.shape[-1]))

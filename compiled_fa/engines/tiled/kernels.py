@@ -8,17 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...inductor import Compiled, Size
+from ...inductor import steps as compiled_steps
+from ...inductor.graphs import Compiled, Size
+from ...inductor.steps import example
 from ...scores import ScoreProgram
-from . import step_compiler, steps
-from .features import Features, example_numbers, numbers, rebuilt
-from .step_compiler import example
+from ...scores.arguments import Features, ScoreArguments
+from ...tuning import current
+from . import steps
 from .steps import Indices
 
 TILE, ROWS = ("p", "m", "g", "n"), ("p", "m", "g")  # shapes, in the words of steps.py
-
-# Operations from which Inductor keeps a value: fewer than softcap takes and more than a plain score's; more than any.
-KEEP_SCORE, KEEP_NOTHING = 20, 1000
 
 Kernel = Callable[[Features], Compiled | None]
 
@@ -44,7 +43,7 @@ class Kernels:
         self._dtype = dtype
         self._some_masked = some_masked
         self._may_compile = device.type == "cpu"
-        self._numbers: list[Tensor] | None = None
+        self._flat_arguments: list[Tensor] | None = None
         self._found: dict[tuple[Kernel, bool, torch.dtype], Compiled | None] = {}
 
     def softmax_step(
@@ -52,7 +51,7 @@ class Kernels:
     ) -> None:
         run = self._compiled(_softmax_kernel, masked, scores.dtype)
         if run is not None:
-            run([scores, row_max, row_sum, accumulator, *_flat(indices), *self._arguments()])
+            run([scores, row_max, row_sum, accumulator, *indices.flatten(), *self._arguments()])
         else:
             steps.softmax_step(scores, row_max, row_sum, accumulator, indices, self._program, masked)
 
@@ -61,7 +60,7 @@ class Kernels:
     ) -> None:
         run = self._compiled(_gradient_kernel, masked, scores.dtype)
         if run is not None:
-            run([scores, dprobs, lse, delta, *_flat(indices), *self._arguments()])
+            run([scores, dprobs, lse, delta, *indices.flatten(), *self._arguments()])
         else:
             steps.gradient_step(scores, dprobs, lse, delta, indices, self._program, masked, self._keep_probability)
 
@@ -81,60 +80,62 @@ class Kernels:
         return features if features.plain else replace(features, masked=self._some_masked)
 
     def _arguments(self) -> list[Tensor]:
-        if self._numbers is None:
-            self._numbers = numbers(self._program, self._batch, self._keep_probability, self._dtype)
-        return self._numbers
+        if self._flat_arguments is None:
+            arguments = ScoreArguments.of(self._program, self._batch, self._keep_probability, self._dtype)
+            self._flat_arguments = arguments.flatten()
+        return self._flat_arguments
 
 
-def _flat(indices: Indices) -> list[Tensor]:
-    return [*indices[:4], *(indices.dropout_row or ())]
+def _examples(size: Size, features: Features) -> list[Tensor]:
+    """Of the arguments that follow a step's tiles."""
+
+    def of(*shape: str, dtype: torch.dtype = torch.int32, of_larger: bool = False) -> Tensor:
+        return example(size, *shape, dtype=dtype, of_larger=of_larger)
+
+    low, high = (of("p", "m", "g", "1", of_larger=True) if features.dropout else None for _ in range(2))
+    indices = Indices(of("p", "1", "1", "1"), of("p", "1", "g", "1"), of("m", "1", "1"), of("n"), low, high)
+    return [*indices.flatten(), *ScoreArguments.examples(features, of).flatten()]
 
 
-def _example_arguments(size: Size, features: Features) -> list[Tensor]:
-    indices = [("p", "1", "1", "1"), ("p", "1", "g", "1"), ("m", "1", "1"), ("n",)]
-    examples = [example(size, *shape, dtype=torch.int32) for shape in indices]
-    if features.dropout:
-        examples += [example(size, "p", "m", "g", "1", dtype=torch.int32, of_larger=True) for _ in range(2)]
-    return examples + example_numbers(size, features)
-
-
-def _rebuilt(features: Features, tensors: tuple[Tensor, ...]) -> tuple[Indices, ScoreProgram, Tensor | float]:
+def _rebuilt(features: Features, tensors: tuple[Tensor, ...]) -> tuple[Indices, ScoreArguments]:
     rest = iter(tensors)
-    indices = Indices(next(rest), next(rest), next(rest), next(rest))
-    if features.dropout:
-        indices = indices._replace(dropout_row=(next(rest), next(rest)))
-    return indices, *rebuilt(features, rest)
+    return (
+        Indices.unflatten(Indices.names(features.dropout), rest),
+        ScoreArguments.unflatten(ScoreArguments.names(features), rest),
+    )
 
 
 def _softmax_kernel(features: Features) -> Compiled | None:
     def step(scores: Tensor, row_max: Tensor, row_sum: Tensor, accumulator: Tensor, *tensors: Tensor) -> None:
-        indices, program, _ = _rebuilt(features, tensors)
-        steps.softmax_step(scores, row_max, row_sum, accumulator, indices, program, features.masked)
+        indices, arguments = _rebuilt(features, tensors)
+        steps.softmax_step(scores, row_max, row_sum, accumulator, indices, arguments.program(), features.masked)
 
     def examples(size: Size) -> list[Tensor]:
         scores = example(size, *TILE, dtype=features.product_dtype)
         rest = [example(size, *shape, dtype=features.dtype) for shape in (ROWS, ROWS, ("p", "m", "g", "d"))]
-        return [scores, *rest, *_example_arguments(size, features)]
+        return [scores, *rest, *_examples(size, features)]
 
     # The row's maximum and its sum are two loops: a capped score is kept between them, and not made twice.
-    kept = {"realize_opcount_threshold": KEEP_SCORE} if features.softcap and not features.masked else {}
-    return step_compiler.compiled(
-        ("softmax", features), step_compiler.writing(step), examples, f"a forward step ({features.words})", **kept
+    keep = {"realize_opcount_threshold": current().tiled.softcap_kept_operations}
+    kept = keep if features.softcap and not features.masked else {}
+    return compiled_steps.compiled(
+        ("softmax", features), compiled_steps.writing(step), examples, f"a forward step ({features.words})", **kept
     )
 
 
 def _gradient_kernel(features: Features) -> Compiled | None:
     def step(scores: Tensor, dprobs: Tensor, lse: Tensor, delta: Tensor, *tensors: Tensor) -> None:
-        indices, program, keep_probability = _rebuilt(features, tensors)
-        steps.gradient_step(scores, dprobs, lse, delta, indices, program, features.masked, keep_probability)
+        indices, arguments = _rebuilt(features, tensors)
+        keep = 1.0 if arguments.keep_probability is None else arguments.keep_probability
+        steps.gradient_step(scores, dprobs, lse, delta, indices, arguments.program(), features.masked, keep)
 
     def examples(size: Size) -> list[Tensor]:
         tiles = [example(size, *TILE, dtype=features.product_dtype) for _ in range(2)]
         rows = [example(size, *ROWS, dtype=features.dtype, of_larger=True) for _ in range(2)]
-        return [*tiles, *rows, *_example_arguments(size, features)]
+        return [*tiles, *rows, *_examples(size, features)]
 
     # All in one loop: nothing needs to be kept.
-    kept = {"realize_opcount_threshold": KEEP_NOTHING}
-    return step_compiler.compiled(
-        ("gradient", features), step_compiler.writing(step), examples, f"a backward step ({features.words})", **kept
+    kept = {"realize_opcount_threshold": current().tiled.backward_kept_operations}
+    return compiled_steps.compiled(
+        ("gradient", features), compiled_steps.writing(step), examples, f"a backward step ({features.words})", **kept
     )

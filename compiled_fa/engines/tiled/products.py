@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from ...hardware import fast_bfloat16
+from ...tuning import current
 from .scratch import Scratch
-
-SMALLEST = 1 << 14  # scores from which it pays; among fewer, a rounding of one of them shows
 
 
 def dtype(inputs: Tensor, arithmetic: torch.dtype, longest: tuple[int, int]) -> torch.dtype:
     """Of the products' operands, for inputs of a dtype; longest: rows and columns of the scores of a pair."""
     here = inputs.device.type in ("cpu", "meta")  # meta: to ask what this machine would do
-    if inputs.dtype != torch.bfloat16 or not here or longest[0] * longest[1] < SMALLEST:
+    if inputs.dtype != torch.bfloat16 or not here or longest[0] * longest[1] < current().tiled.bf16_from_scores:
         return arithmetic
     return torch.bfloat16 if fast_bfloat16() else arithmetic
 

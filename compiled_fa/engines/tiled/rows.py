@@ -8,6 +8,7 @@ lengths have, come out 0, and are left out by `store`. `view` is the same rows w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -68,18 +69,18 @@ class DenseRows:
 
 
 class PackedRows:
-    """(total, nheads, head_dim); sequence s is rows first[s] to first[s] + lengths[s].
+    """(total, nheads, head_dim); sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1]. host_sums: the same numbers.
 
     A sequence alone is a view. Several are gathered, row by row and head by head, by a table of where they lie.
     """
 
-    def __init__(self, first: Tensor, lengths: Tensor) -> None:
+    def __init__(self, cu_seqlens: Tensor, host_sums: Sequence[int]) -> None:
         self._tables: dict[object, tuple[Tensor, Tensor | None]] = {}
         self._tables_of: object = None
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._first = first
-        self._lengths = lengths
-        self._single = list(zip(first.tolist(), lengths.tolist(), strict=True))
+        self._first = cu_seqlens[:-1]
+        self._lengths = cu_seqlens.diff()
+        self._single = [(start, stop - start) for start, stop in pairwise(host_sums)]
 
     def numbers(self, sequences: Sequence[int]) -> Tensor:
         return torch.tensor(sequences, dtype=torch.int32, device=self._first.device)
@@ -169,8 +170,8 @@ class PackedRows:
 class PagedRows(PackedRows):
     """(num_blocks, block_size, nheads, head_dim); row r of sequence s is in block block_table[s, r // block_size]."""
 
-    def __init__(self, block_table: Tensor, block_size: int, lengths: Tensor) -> None:
-        super().__init__(torch.zeros_like(lengths), lengths)
+    def __init__(self, block_table: Tensor, block_size: int, cu_seqlens: Tensor, host_sums: Sequence[int]) -> None:
+        super().__init__(cu_seqlens, host_sums)
         self._block_table = block_table
         self._block_size = block_size
 

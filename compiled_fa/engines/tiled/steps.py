@@ -10,33 +10,46 @@ scores and dprobs may be of a smaller dtype than the others, that of the product
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import inf
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...flattening import Flattened
 from ...scores import ScoreProgram
 
 
-class Indices(NamedTuple):
+@dataclass(frozen=True)
+class Indices(Flattened):
     """int32, broadcastable to a tile: batch (p, 1, 1, 1), head (p, 1, g, 1), q_idx (m, 1, 1), kv_idx (n).
 
-    dropout_row: two of (p, m, g, 1), what dropout's decisions in a row have in common (scores/dropout.py): hashed once
-    a row, not once an element. None without dropout.
+    dropout_low, dropout_high: (p, m, g, 1), what dropout's decisions in a row have in common (scores/dropout.py):
+    hashed once a row, not once an element. None without dropout.
     """
 
     batch: Tensor
     head: Tensor
     q_idx: Tensor
     kv_idx: Tensor
-    dropout_row: tuple[Tensor, Tensor] | None = None
+    dropout_low: Tensor | None = None
+    dropout_high: Tensor | None = None
+
+    @classmethod
+    def names(cls, dropout: bool) -> tuple[str, ...]:
+        """Of the fields that are present."""
+        return tuple(name for name in cls.__dataclass_fields__ if dropout or not name.startswith("dropout"))
+
+    @property
+    def of_score(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order of the score program's functions."""
+        return self.batch, self.head, self.q_idx, self.kv_idx
 
 
 def _keep(program: ScoreProgram, indices: Indices) -> Tensor:
-    if program.dropout is None or indices.dropout_row is None:
+    if program.dropout is None or indices.dropout_low is None or indices.dropout_high is None:
         raise ValueError("this tile has no dropout")
-    return program.dropout.keep_in_row(indices.dropout_row, indices.kv_idx)
+    return program.dropout.keep_in_row((indices.dropout_low, indices.dropout_high), indices.kv_idx)
 
 
 def softmax_step(
@@ -53,9 +66,9 @@ def softmax_step(
     scores: products q·k -> probabilities not yet normalised, dropped ones 0. row_max, row_sum: brought up to date.
     accumulator: rescaled to the new maximum, ready for this tile's P·V; of head_dim 0 where there is none yet.
     """
-    score = program.score(scores.to(row_max.dtype), *indices[:4])
+    score = program.score(scores.to(row_max.dtype), *indices.of_score)
     if masked:
-        score = torch.where(program.mask(*indices[:4]), score, -inf)
+        score = torch.where(program.mask(*indices.of_score), score, -inf)
     new_max = torch.maximum(row_max, score.amax(-1))
     # A row that has met no key yet has maximum -inf: subtract 0 instead, so that exp gives 0 and not exp(nan).
     shift = torch.where(new_max == -inf, 0.0, new_max)
@@ -98,9 +111,9 @@ def gradient_step(
     lse: +inf for rows without a key, so that their probabilities are 0. delta: rowsum(dO * O) - dlse.
     """
     products, dprobabilities = scores.to(lse.dtype), dprobs.to(lse.dtype)
-    score = program.score(products, *indices[:4])
+    score = program.score(products, *indices.of_score)
     if masked:
-        score = torch.where(program.mask(*indices[:4]), score, -inf)
+        score = torch.where(program.mask(*indices.of_score), score, -inf)
     probs = torch.exp(score - lse[..., None])
     dropped = probs
     if program.dropout is not None:

@@ -13,17 +13,7 @@ import torch
 
 from ...problem import Direction
 from ...scores import Window
-
-LARGEST = 512  # queries or keys of a tile
-BANDED = 256  # queries (forward) or keys (backward) under a window or causal, whose rims cost half a tile each
-THIN = 16  # rows up to which reading the keys is what takes time, as in decoding
-THIN_KEYS = 4096  # keys of a tile, of all its sequences, then
-# A product in bf16 is machine code of its own for every shape, and oneDNN keeps no more than 1024 of them. Sequences of
-# so many lengths that they would need more run rounded up.
-HALF_MULTIPLE = 64
-HALF_LENGTHS, HALF_LENGTHS_BANDED = 84, 42  # lengths up to which they need not; banded as above
-SCORES = 1 << 20  # bytes of scores of a tile, for each core
-CHUNK_BYTES = 64 << 20  # copies of k and v (forward), or of the query side (backward), that a chunk may hold
+from ...tuning import current
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,8 @@ def rounded_up(length: int, multiple: int) -> int:
 
 def thin(seqlen_q: int, seqlen_k: int, heads_per_key: int) -> bool:
     """Are these a few queries on many keys, whose reading is all that takes time?"""
-    return seqlen_q * heads_per_key <= THIN and seqlen_k > LARGEST
+    tuned = current().tiled
+    return seqlen_q * heads_per_key <= tuned.thin_rows and seqlen_k > tuned.tile
 
 
 def choose(
@@ -70,21 +61,26 @@ def choose(
     do they want to be smaller for it.
     lengths: pairs of lengths that differ among the call's packed sequences.
     """
+    tuned = current().tiled
     if direction == "forward" and thin(seqlen_q, seqlen_k, heads_per_key):
-        return TileSizes(seqlen_q, _even(seqlen_k, THIN_KEYS), nheads_k * max(1, THIN_KEYS // seqlen_k))
-    half = itemsize < 4
+        keys = _even(seqlen_k, tuned.thin_tile_keys)
+        return TileSizes(seqlen_q, keys, nheads_k * max(1, tuned.thin_tile_keys // seqlen_k))
+    half, banded = itemsize < 4, window != Window()
     multiple = 1
-    if half and lengths > (HALF_LENGTHS if window == Window() else HALF_LENGTHS_BANDED):
-        multiple = HALF_MULTIPLE
+    if half and lengths > (tuned.bf16_lengths_banded if banded else tuned.bf16_lengths):
+        multiple = tuned.bf16_length_multiple
         seqlen_q, seqlen_k = rounded_up(seqlen_q, multiple), rounded_up(seqlen_k, multiple)
-    rows, keys = LARGEST * (2 if half else 1), LARGEST
-    if window != Window() and direction == "forward":
-        rows = BANDED // (1 if half or None in window else 2)
-    elif window != Window():
-        keys = BANDED
+    rows, keys = tuned.bf16_tile_queries if half else tuned.tile, tuned.tile
+    if banded and direction == "forward":
+        rows = tuned.banded_tile // (1 if half or None in window else 2)
+    elif banded:
+        keys = tuned.banded_tile
     queries, keys = _even(seqlen_q, max(1, rows // heads_per_key)), _even(seqlen_k, keys)
     # Copies that a pair holds, in rows: k and v; or q and dout, and dq.
     copied = seqlen_k if direction == "forward" else 2 * heads_per_key * seqlen_q
     scores = max(1, heads_per_key * queries * keys * itemsize)
-    batch_heads = min(SCORES * torch.get_num_threads() // scores, CHUNK_BYTES // max(1, copied * head_dims * itemsize))
+    batch_heads = min(
+        tuned.score_bytes_a_core * torch.get_num_threads() // scores,
+        tuned.chunk_bytes // max(1, copied * head_dims * itemsize),
+    )
     return TileSizes(queries, keys, max(1, batch_heads), multiple)

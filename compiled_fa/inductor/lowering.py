@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .inductor import say_once
+from ..messages import say_once
 
 Rule = Callable[..., Any]  # the op's arguments -> its results, or NotImplemented: it stays an op
 

@@ -1,9 +1,9 @@
-"""Steps compiled by Inductor, and what happens where they cannot be.
+"""Steps of engines on a CPU, compiled by Inductor, and what happens where they cannot be.
 
 One piece of machine code serves all shapes and all numbers: scale, softcap, window, ... travel as tensors. Where
 Inductor fails or has no C++ compiler, and with COMPILED_FA_COMPILE=0, steps run eagerly, and a warning says so once.
 
-Private API is in compiled_fa/inductor.py.
+Private API is in graphs.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.func import functionalize
 
-from ... import inductor
-from ...inductor import Compiled, Size, eager_reason, say_once
+from .. import config
+from ..caches import Cache
+from ..messages import say_once
+from . import graphs
 from .fast_math import DECOMPOSITIONS
+from .graphs import Compiled, Size
 
 Step = Callable[..., None]
 Function = Callable[..., tuple[Tensor, ...]]
@@ -30,7 +33,16 @@ _CONFIG: dict[str, Any] = {
     "cpp.threads": 64,  # so that enough loops are made parallel for any machine
 }
 
-_failed: set[object] = set()
+STEPS: Cache[object, Compiled | None] = Cache("compiled steps", entries=512)  # None: Inductor failed
+
+
+def eager_reason() -> str | None:
+    """Why steps run eagerly on a CPU; None: they are compiled."""
+    if not config.compiles_steps():
+        return "COMPILED_FA_COMPILE=0: engines on a CPU run their steps eagerly, several times slower"
+    if graphs.compiler() is None:
+        return "no C++ compiler (set CXX, or install g++ or clang++): engines on a CPU run their steps eagerly, slower"
+    return None
 
 
 def example(size: Size, *shape: str, dtype: torch.dtype, of_larger: bool = False) -> Tensor:
@@ -57,21 +69,22 @@ def writing(step: Step) -> Function:
 
 
 def compiled(
-    key: object, function: Function, examples: Callable[[Size], Sequence[Tensor]], what: str, **config: Any
+    key: object, function: Function, examples: Callable[[Size], Sequence[Tensor]], what: str, **options: Any
 ) -> Compiled | None:
     """`function` as machine code for a list of tensors; None: there is none, and it runs eagerly.
 
     key: names it in the process's cache. examples: makes fake tensors to trace with. what: its name for people.
-    config: Inductor's, for this function.
+    options: Inductor's config for this function.
     """
     if reason := eager_reason():
         say_once(reason)
         return None
-    if key in _failed:
-        return None
-    try:
-        return inductor.compiled_graph(key, function, examples, what, DECOMPOSITIONS, **_CONFIG, **config)
-    except Exception as error:
-        say_once(f"Inductor could not compile a step ({type(error).__name__}: {error}); it runs eagerly")
-        _failed.add(key)
-        return None
+
+    def compile_it() -> Compiled | None:
+        try:
+            return graphs.compiled_graph(function, examples, what, DECOMPOSITIONS, **_CONFIG, **options)
+        except Exception as error:
+            say_once(f"Inductor could not compile a step ({type(error).__name__}: {error}); it runs eagerly")
+            return None
+
+    return STEPS.get(key, compile_it)

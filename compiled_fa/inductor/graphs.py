@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,32 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .progress import result_of
-
-log = logging.getLogger("compiled_fa")
+from ..messages import result_of
 
 Compiled = Callable[[list[Tensor]], Any]
 Size = Callable[[str, int], Any]  # (name, typical value) -> a symbolic size, the same one for the same name
-
-_compiled: dict[object, Compiled] = {}
-_lock = threading.Lock()
-_said: set[str] = set()
-
-
-def say_once(message: str) -> None:
-    """A warning in the log, once a process."""
-    if message not in _said:
-        _said.add(message)
-        log.warning("compiled_fa: %s", message)
-
-
-def eager_reason() -> str | None:
-    """Why the tiled engine's steps run eagerly on a CPU; None: they are compiled."""
-    if os.environ.get("COMPILED_FA_COMPILE", "1") == "0":
-        return "COMPILED_FA_COMPILE=0: the tiled engine runs its steps eagerly, several times slower"
-    if compiler() is None:
-        return "no C++ compiler (set CXX, or install g++ or clang++): the tiled engine runs its steps eagerly, slower"
-    return None
 
 
 @functools.cache
@@ -67,26 +43,22 @@ def compiler() -> str | None:
 
 
 def compiled_graph(
-    key: object,
     function: Callable[..., Any],
     example_inputs: Callable[[Size], Sequence[Tensor]],
     what: str,
     decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
     **config: Any,
 ) -> Compiled:
-    """`function` as machine code for a list of tensors, from the process's cache or compiled now.
+    """`function` as machine code for a list of tensors, compiled now or found on disk; callers keep it (caches.py).
 
-    key: what else is fixed in the code. example_inputs: makes fake tensors of symbolic sizes. what: its name, for
-    people who wait. decompositions: of operators, besides Inductor's own. config: Inductor's.
+    example_inputs: makes fake tensors of symbolic sizes. what: its name, for people who wait. decompositions: of
+    operators, besides Inductor's own. config: Inductor's.
     """
-    with _lock:
-        if key not in _compiled:
-            # A thread of its own: the caller's may be inside someone's tracing or dispatch modes.
-            with ThreadPoolExecutor(1) as pool:
-                misses = _cache_misses()
-                compilation = pool.submit(compile_graph, function, example_inputs, config, decompositions)
-                _compiled[key] = result_of(compilation, what, lambda: _cache_misses() != misses)
-        return _compiled[key]
+    # A thread of its own: the caller's may be inside someone's tracing or dispatch modes.
+    with ThreadPoolExecutor(1) as pool:
+        misses = _cache_misses()
+        compilation = pool.submit(compile_graph, function, example_inputs, config, decompositions)
+        return result_of(compilation, what, lambda: _cache_misses() != misses)
 
 
 def _cache_misses() -> int:
@@ -120,17 +92,31 @@ def compile_graph(
     return call
 
 
+_allowing, _allowing_lock = 0, threading.Lock()
+_bfloat16_check: Any = None
+
+
 @contextlib.contextmanager
 def _bfloat16_allowed() -> Iterator[None]:
-    """Inductor gives up on bfloat16 below sm_80, because it is slow there. Triton compiles it, by way of fp32."""
+    """Inductor gives up on bfloat16 below sm_80, because it is slow there. Triton compiles it, by way of fp32.
+
+    Several threads may compile: the first takes the check away, the last puts it back.
+    """
+    global _allowing, _bfloat16_check
     import torch._inductor.compile_fx as compile_fx
 
-    check = compile_fx._check_triton_bf16_support
-    compile_fx._check_triton_bf16_support = lambda graph: None
+    with _allowing_lock:
+        if not _allowing:
+            _bfloat16_check = compile_fx._check_triton_bf16_support
+            compile_fx._check_triton_bf16_support = lambda graph: None
+        _allowing += 1
     try:
         yield
     finally:
-        compile_fx._check_triton_bf16_support = check
+        with _allowing_lock:
+            _allowing -= 1
+            if not _allowing:
+                compile_fx._check_triton_bf16_support = _bfloat16_check
 
 
 def symbolic_sizes(mode: Any) -> Size:

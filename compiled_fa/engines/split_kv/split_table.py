@@ -5,20 +5,21 @@ A split is some runs, each of rows that lie side by side: one run, or the pages 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ....problem import Packed
-
-SPLIT, LONG_SPLIT = 64, 256  # keys: enough splits for all threads, or few to be merged
-LONG = 4096  # keys from which there are splits enough
+from ...flattening import Flattened
+from ...problem import Packed
+from ...tuning import current
 
 Spans = tuple[tuple[int, int], ...]  # keys start to stop of every sequence; starts are multiples of a split
 
 
-class SplitTable(NamedTuple):
+@dataclass(frozen=True)
+class SplitTable(Flattened):
     """All but the last split of every sequence, which are whole (x,), and the last ones, which need not be (b,). int64.
 
     A window is the rows of the last split and some before or after it, if it is not whole.
@@ -85,7 +86,8 @@ class SplitPlan(NamedTuple):
 
 def sizes(longest: int, page_size: int | None) -> tuple[int, int]:
     """Keys of a split, and of a run. longest: keys of a sequence. page_size: of a page, where keys lie in pages."""
-    split = LONG_SPLIT if longest >= LONG else SPLIT
+    tuned = current().split_kv
+    split = tuned.long_split_keys if longest >= tuned.long_split_from_keys else tuned.split_keys
     if page_size is None:
         return split, split
     run = max(n for n in range(1, min(page_size, split) + 1) if page_size % n == 0)

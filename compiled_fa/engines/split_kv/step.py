@@ -12,8 +12,9 @@ Inductor makes loops of them that read k and v about as fast as memory gives the
 
 What lies where a split has no key is never multiplied: it may be anything, NaN too.
 
-Private API: Inductor's config in CONFIG and aten::_unsafe_index, tried with torch 2.11.0, 2.13.0 and 2.15.0; where they
-are missing, the compilation fails, a warning says so once, and tiles serve.
+Private API: Inductor's config in CONFIG and aten::_unsafe_index, tried with torch 2.11.0, 2.13.0 and 2.15.0. Without
+the operator other engines serve; without the config the compilation fails, a warning says so once, and steps run
+eagerly.
 """
 
 from __future__ import annotations
@@ -26,15 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ....inductor import Compiled, Size
-from ....scores import ScoreProgram
-from .. import step_compiler
-from ..features import Features, example_numbers, rebuilt
-from ..step_compiler import example
+from ...inductor import steps
+from ...inductor.graphs import Compiled, Size
+from ...inductor.steps import example
+from ...scores import ScoreProgram
+from ...scores.arguments import Features, ScoreArguments
+from ...tuning import current
 from .split_table import SplitTable
-
-SUMS = 16  # at once, in a loop: as many as there are registers for
-VECTOR = 64  # bytes; Inductor's unit
 
 CONFIG: dict[str, Any] = {
     # Nothing is kept that a loop can make again: it would be a copy of the cache.
@@ -47,6 +46,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
+def missing() -> str | None:
+    """Why there are no steps; None: there are."""
+    if hasattr(torch.ops.aten, "_unsafe_index"):
+        return None
+    return f"torch {torch.__version__} does not have aten::_unsafe_index"
+
+
 def _rows_of(x: Tensor, indices: list[Tensor]) -> Tensor:
     rows: Tensor = torch.ops.aten._unsafe_index.Tensor(x, indices)
     return rows
@@ -54,10 +60,10 @@ def _rows_of(x: Tensor, indices: list[Tensor]) -> Tensor:
 
 def slices(head_dim: int, rows: int, dtype: torch.dtype) -> int:
     """Of v's head_dim: of whole vectors each, and as many as have their sums in registers."""
-    vector = VECTOR // dtype.itemsize
-    return max(
-        (n for n in range(1, head_dim // vector + 1) if head_dim % (n * vector) == 0 and n * rows <= SUMS), default=1
-    )
+    tuned = current().split_kv
+    vector = tuned.register_bytes // dtype.itemsize
+    counts = range(1, min(head_dim // vector, tuned.accumulators // rows) + 1)
+    return max((count for count in counts if head_dim % (count * vector) == 0), default=1)
 
 
 class Shape(NamedTuple):
@@ -76,19 +82,19 @@ class Shape(NamedTuple):
 Attended = tuple[Tensor, Tensor, Tensor]
 
 
-def decoding(shape: Shape) -> Compiled | None:
+def decoding(shape: Shape) -> Compiled:
     """queries (batch, m, h, g, head_dim) in the arithmetic's dtype, windows of k (., run, h, head_dim) and v
-    (., run, h, slices, .), SplitTable and numbers, slopes as (b, g * h) -> out (b, h, r, slices, .) and lse (b, h, r);
-    None: no compiler."""
+    (., run, h, slices, .), SplitTable and ScoreArguments, slopes as (b, g * h) -> out (b, h, r, slices, .) and
+    lse (b, h, r)."""
     x, b = ("x",), ("b",)
     tables = (*x, "runs"), x, x, b, b, ("s",), (*b, "runs"), b, b, b, b
     return _compiled(decode, shape, shape.features.dtype, tables, "decoding")
 
 
-def alone(shape: Shape) -> Compiled | None:
+def alone(shape: Shape) -> Compiled:
     """For sequences of one split each. Windows of queries (., m, h, g, head_dim), k and v, tables (batch,) of windows
-    of queries, of windows of keys, and of the rows of these that are keys, start and stop, and numbers -> out
-    (batch, m, h, g, slices, .) and lse (batch, m, h, g); None: no compiler."""
+    of queries, of windows of keys, and of the rows of these that are keys, start and stop, and ScoreArguments
+    -> out (batch, m, h, g, slices, .) and lse (batch, m, h, g)."""
     return _compiled(attend_alone, shape, shape.features.product_dtype, (("batch",),) * 4, "short sequences")
 
 
@@ -98,7 +104,8 @@ def _compiled(
     query_dtype: torch.dtype,
     tables: tuple[tuple[str, ...], ...],
     what: str,
-) -> Compiled | None:
+) -> Compiled:
+    """Machine code; without a compiler the step itself, which is slow."""
     features, head_dims = shape.features, shape.head_dims
     dtype, count = features.product_dtype, slices(head_dims[1], shape.rows, features.product_dtype)
 
@@ -115,16 +122,19 @@ def _compiled(
         queries = torch.empty_strided(sizes, (*strides, 1), dtype=query_dtype)
         k, v = windows("k", head_dims[0]), windows("v", count, head_dims[1] // count)
         indices = [example(size, *table, dtype=torch.int64) for table in tables]
-        return [queries, k, v, *indices, *example_numbers(size, features)]
+        arguments = ScoreArguments.examples(features, functools.partial(example, size))
+        return [queries, k, v, *indices, *arguments.flatten()]
 
     function = functools.partial(step, shape)
-    return step_compiler.compiled((what, shape), function, examples, f"{what} ({features.words})", **CONFIG)
+    key = what, shape, count
+    compiled = steps.compiled(key, function, examples, f"{what} ({features.words})", **CONFIG)
+    return compiled if compiled is not None else lambda tensors: function(*tensors)
 
 
 def attend_alone(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """What `alone` compiles."""
     queries, k, v, query, row, start, stop, *rest = tensors
-    program, _ = rebuilt(shape.features, iter(rest))
+    program = ScoreArguments.unflatten(ScoreArguments.names(shape.features), iter(rest)).program()
     batch_idx = torch.arange(query.shape[0])
     out, total, top = _attended(shape, program, queries, k, v, query, row[:, None], batch_idx, -start, (start, stop))
     lse = (top + total.log()).unflatten(1, (shape.queries, -1)).transpose(-1, -2).contiguous()
@@ -137,8 +147,9 @@ def decode(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """What `decoding` compiles."""
     features = shape.features
     queries, k, v, *rest = tensors
-    table = SplitTable(*rest[: len(SplitTable._fields)])
-    program, _ = rebuilt(features, iter(rest[len(SplitTable._fields) :]))
+    following = iter(rest)
+    table = SplitTable.unflatten(tuple(SplitTable.__dataclass_fields__), following)
+    program = ScoreArguments.unflatten(ScoreArguments.names(features), following).program()
 
     def attended(row: Tensor, batch_idx: Tensor, kv_start: Tensor, existing: tuple[Tensor, Tensor] | None) -> Attended:
         return _attended(shape, program, queries, k, v, batch_idx, row, batch_idx, kv_start, existing)

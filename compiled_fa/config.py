@@ -1,0 +1,50 @@
+"""The environment variables, all of them. Nothing else reads one, and docs/environment.md lists these.
+
+They are read at every call, so that a program may set them after it has imported us. A value that means nothing is an
+error that names those that do: a switch that is silently ignored is worse than none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+ENGINES = ("auto", "fused", "split_kv", "sdpa_cpu", "tiled")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable. allowed: its values, of which the first is meant where it is not set, or empty."""
+
+    name: str
+    allowed: tuple[str, ...]
+    meaning: str
+
+    def read(self) -> str:
+        """Raises ValueError for a value that is not allowed."""
+        value = os.environ.get(self.name) or self.allowed[0]
+        if value not in self.allowed:
+            raise ValueError(f"the environment variable {self.name} must be one of {list(self.allowed)}, got {value!r}")
+        return value
+
+
+ENGINE = Variable("COMPILED_FA_ENGINE", ENGINES, "the engine that serves every call; it serves or raises")
+COMPILE = Variable("COMPILED_FA_COMPILE", ("1", "0"), "0: engines on a CPU run their steps as plain PyTorch ops")
+CHECK = Variable("COMPILED_FA_CHECK", ("0", "1"), "1: values of cu_seqlens and block_table are checked on a GPU, too")
+
+VARIABLES = (ENGINE, COMPILE, CHECK)
+
+
+def engine() -> str:
+    """The engine asked for: "auto", or a name."""
+    return ENGINE.read()
+
+
+def compiles_steps() -> bool:
+    """May engines on a CPU compile their steps?"""
+    return COMPILE.read() == "1"
+
+
+def checks_values() -> bool:
+    """Are values checked where the host has to wait for them?"""
+    return CHECK.read() == "1"

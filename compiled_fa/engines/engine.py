@@ -1,0 +1,42 @@
+"""What an engine is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..problem import Direction, Problem
+
+
+class Engine(Protocol):
+    """A way to compute attention: a module of this package that has all of these. Engines never import each other;
+    what they share is the score program and the problem.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def unsupported_reason(
+        self, device: torch.device, problem: Problem | None = None, direction: Direction = "forward"
+    ) -> str | None:
+        """Why it cannot serve a device, or a call on it; None: it can."""
+
+    def defers(self, problem: Problem, direction: Direction, to: str) -> bool:
+        """Is the engine `to`, which would serve in its place, faster at a call that this one could serve?"""
+
+    def inlines(self, problem: Problem) -> bool:
+        """Is its call a handful of operators, which may stand in a compiled graph of these shapes in the op's place?
+
+        Asked before any other question, of problems whose tensors are fake and whose sizes may be symbols: it must not
+        read values, nor compare symbols.
+        """
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """-> out, shaped as q with v's head_dim, and lse, (B, H, Sq) or, packed, (H, T)."""
+
+    def backward(
+        self, problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> dq, dk, dv, from the lse given, which may be merged over more keys than these; dlse: its gradient."""

@@ -1,0 +1,115 @@
+"""Which engine serves a call: decided here, once a call, for the ops, for Inductor's graphs and for the report."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+from .. import config
+from ..messages import say_once
+from ..problem import Direction, Problem
+from . import fused, sdpa_cpu, split_kv, tiled
+from .engine import Engine
+
+# In the order of preference. The last one serves everything.
+ENGINES: tuple[Engine, ...] = (fused, split_kv, sdpa_cpu, tiled)
+
+_BEFORE_THE_LAST = ENGINES[-2::-1]
+
+IN_CONTEXT = "context"  # an engine's name in compiled code: that which use_engine says where the op is called
+
+_asked_for: ContextVar[str | None] = ContextVar("compiled_fa engine", default=None)
+_uses, _uses_lock = 0, threading.Lock()  # of use_engine, at the moment, in all threads and tasks
+_in_use = False
+
+
+class Route(NamedTuple):
+    """The engine that serves a call, and why those before it do not: (name, reason) of each."""
+
+    engine: Engine
+    refusals: tuple[tuple[str, str], ...]
+
+
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Serve every call inside by this engine ("auto": the best one), in this thread and task.
+
+    In code that torch.compile has compiled, too; there gradients are by the engine in force where they are computed.
+
+    Raises ValueError for an unknown name; a call raises RuntimeError where the engine cannot serve it.
+
+        with compiled_fa.use_engine("tiled"):
+            out = flash_attn_func(q, k, v)
+    """
+    token = _asked_for.set(_known(name))
+    _count_uses(1)
+    try:
+        yield
+    finally:
+        _count_uses(-1)
+        _asked_for.reset(token)
+
+
+def _count_uses(change: int) -> None:
+    global _uses, _in_use
+    with _uses_lock:
+        _uses += change
+        _in_use = _uses > 0
+
+
+def requested() -> str:
+    """The engine asked for by `use_engine`, else by the environment variable COMPILED_FA_ENGINE, else "auto"."""
+    if _in_use:
+        # Dynamo cannot read a ContextVar, but it guards this global: the op asks when it is called.
+        return IN_CONTEXT if torch.compiler.is_dynamo_compiling() else _asked_for.get() or config.engine()
+    return config.engine()
+
+
+def select(problem: Problem, direction: Direction, name: str = "auto") -> Route:
+    """The engine that serves a call: the first that can, and that does not leave it to the best of those after it.
+
+    name: an engine's, which serves or raises RuntimeError.
+    """
+    name = requested() if name == IN_CONTEXT else _known(name)
+    device = problem.q.device
+    if name != "auto":
+        engine = next(engine for engine in ENGINES if engine.name == name)
+        if (reason := engine.unsupported_reason(device, problem, direction)) is not None:
+            raise RuntimeError(f"the {name} engine was asked for and cannot serve this call: {reason}")
+        return Route(engine, ())
+    chosen: Engine = ENGINES[-1]
+    refusals: list[tuple[str, str]] = []
+    for engine in _BEFORE_THE_LAST:
+        if (reason := engine.unsupported_reason(device, problem, direction)) is not None:
+            refusals.append((engine.name, reason))
+        elif engine.defers(problem, direction, chosen.name):
+            refusals.append((engine.name, f"{chosen.name} is faster"))
+        else:
+            chosen, refusals = engine, []
+    if refusals and device.type != "cpu":
+        why = "; ".join(f"not {other}: {reason}" for other, reason in refusals[::-1])
+        say_once(f"the {chosen.name} engine serves on {device.type}, {why}")
+    return Route(chosen, tuple(refusals[::-1]))
+
+
+def inlined(problem: Problem, direction: Direction, name: str = "auto") -> Engine | None:
+    """The engine whose operators may stand in a compiled graph in place of the op; None: the op stays.
+
+    One asked for by name is asked when the op is called.
+    """
+    able = [engine for engine in ENGINES if engine.inlines(problem)] if name == "auto" else []
+    if not able:
+        return None
+    engine = select(problem, direction).engine
+    return engine if engine in able else None
+
+
+def _known(name: str) -> str:
+    if name not in config.ENGINES:
+        raise ValueError(f"engine must be one of {list(config.ENGINES)}, got {name!r}")
+    return name

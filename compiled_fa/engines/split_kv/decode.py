@@ -1,0 +1,70 @@
+"""Few queries on many keys, forward (Flash-Decoding: Dao, Haziza, Massa and Sizov 2023).
+
+What takes time here is reading the cache. Keys are cut into splits, which may lie anywhere, in pages too; what the
+splits of a sequence give is merged by their maxima and sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...problem import Problem
+from ...tuning import current
+from . import step
+from .decode_plan import page_size_of, plan
+from .split_table import Rows, located, sizes
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """Why `forward` cannot serve a call on a CPU, with queries and keys and without dropout; None: it can."""
+    most_rows = current().split_kv.most_rows
+    queries, longest = problem.mean_seqlens[0], 0
+    if (rows := max(1, queries) * problem.heads_per_key) > most_rows:
+        return f"it decodes for up to {most_rows} query rows a key head, and these are {rows}"
+    k, v = Rows.of(problem.k), Rows.of(problem.v)
+    if k is None or v is None or k.per_block != v.per_block:
+        return "it decodes where keys and values are rows at even distances in memory"
+    if problem.packed is None:
+        longest = problem.k.shape[1]
+    else:
+        lengths_q, lengths_k = problem.packed.host_lengths
+        if min(lengths_q) != max(lengths_q):
+            return "it decodes where sequences have one number of queries"
+        longest = max(lengths_k)
+    if not longest or k.total < sizes(longest, page_size_of(problem))[1]:
+        return "it decodes where there are keys for a split"
+    return None
+
+
+def pays(problem: Problem, instead_of: str) -> bool:
+    """Is it faster than that engine?"""
+    tuned, seqlen_k, elements = current().split_kv, problem.mean_seqlens[1], problem.k.numel()
+    enough = tuned.decode_from_elements
+    if instead_of == "sdpa_cpu" and problem.k.dtype.itemsize >= 4:
+        enough = tuned.decode_from_elements_wide // (2 if seqlen_k >= tuned.decode_long_keys else 1)
+    return seqlen_k >= tuned.decode_from_keys and elements >= enough
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """-> out and lse, as the engine's."""
+    k, v = Rows.of(problem.k), Rows.of(problem.v)
+    if k is None or v is None:
+        raise ValueError("k and v must be rows of memory: unsupported_reason tells")
+    q, batch, queries = problem.q, problem.batch, problem.mean_seqlens[0]
+    planned = plan(problem, k, queries)
+    nheads_k, head_dim_v = problem.v.shape[-2:]
+    rows = queries * problem.heads_per_key
+    # Query head h reads key head h // heads_per_key.
+    by_key = (q if q.stride(-1) == 1 else q.contiguous()).view(batch, queries, nheads_k, problem.heads_per_key, -1)
+    by_key = by_key.to(problem.lse_dtype)
+    windows = k.windows(planned.run), v.windows(planned.run, step.slices(head_dim_v, rows, q.dtype))
+    tables = planned.dense or [located(problem.packed, k, planned.run, plan) for plan in planned.split_plans]
+    found = [planned.kernel([by_key, *windows, *table.flatten(), *planned.arguments]) for table in tables]
+    out, lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
+    if queries > 1:
+        out, lse = (x.unflatten(2, (queries, -1)).transpose(1, 2) for x in (out, lse))
+    lse = lse.reshape(batch, queries, -1)
+    if problem.packed is None:
+        return out.reshape(batch, queries, -1, head_dim_v).contiguous(), lse.mT.contiguous()
+    return out.reshape(batch * queries, -1, head_dim_v).contiguous(), lse.flatten(0, 1).mT.contiguous()

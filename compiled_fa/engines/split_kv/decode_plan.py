@@ -1,0 +1,103 @@
+"""What a decoding call shares with others of its shape: the layers of a model ask for the same once a token.
+
+Made of a hundred operations on small tensors, which take longer than attending to a short cache does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...caches import Cache
+from ...inductor.graphs import Compiled
+from ...inductor.steps import eager_reason
+from ...memory import keep_freed
+from ...problem import Problem
+from ...scores import Window
+from ...scores.arguments import Features, ScoreArguments
+from ...tuning import current
+from . import step
+from .split_table import Rows, SplitPlan, SplitTable, located, sizes, split_plan
+
+
+class DecodePlan(NamedTuple):
+    kernel: Compiled
+    lengths: Tensor  # keys of every sequence
+    arguments: list[Tensor]  # of the score program
+    run: int  # keys
+    split_plans: list[SplitPlan]  # of sequences that run together
+    dense: list[SplitTable]  # the same, where they lie, if keys are dense
+
+
+_plans: Cache[object, DecodePlan] = Cache("decode plans", entries=64)
+
+
+def plan(problem: Problem, k: Rows, queries: int) -> DecodePlan:
+    """For sequences with so many queries each."""
+    packed = problem.packed
+    lengths = [k.tensor.shape[1]] * problem.batch if packed is None else packed.host_lengths[1]
+    heads_and_dims = problem.q.shape[-2:], problem.v.shape[-2:]
+    program = problem.softmax_scale, problem.softcap, problem.window
+    slopes = problem.alibi_slopes is not None
+    pages = page_size_of(problem), _max_num_blocks(problem)
+    how = eager_reason(), slopes, packed is None, *pages, k.total, k.per_block
+    key = queries, *lengths, *how, *heads_and_dims, problem.q.dtype, *program, current().split_kv
+    found = _plans.get(key, lambda: _made(problem, k, queries, lengths))
+    if slopes:  # everybody has their own
+        found = found._replace(arguments=_arguments(problem, queries, found.lengths))
+    return found
+
+
+def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> DecodePlan:
+    q, head_dim_v = problem.q, problem.v.shape[-1]
+    lengths_k = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    program = problem.program(queries, lengths_k)
+    features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
+    page_size = page_size_of(problem)
+    split, run = sizes(max(lengths), page_size)
+    kernel = step.decoding(step.Shape(features, queries, problem.heads_per_key, (q.shape[-1], head_dim_v)))
+    keep_freed()
+    seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]
+    spans = tuple((max(0, start // split * split), max(0, stop)) for start, stop in seen)
+    score_bytes_a_key = features.dtype.itemsize * queries * q.shape[-2]
+    groups = _groups(lengths, current().split_kv.score_bytes // score_bytes_a_key)
+    layout = split, run, page_size, _max_num_blocks(problem)
+    split_plans = [split_plan(spans[first:stop], first, *layout) for first, stop in groups]
+    dense = [located(None, k, run, some) for some in split_plans] if problem.packed is None else []
+    return DecodePlan(kernel, lengths_k, _arguments(problem, queries, lengths_k), run, split_plans, dense)
+
+
+def _arguments(problem: Problem, queries: int, lengths: Tensor) -> list[Tensor]:
+    """Of the score program. Query heads are counted as the step counts them: the first of every key head first."""
+    program = problem.program(queries, lengths)
+    if program.alibi_slopes is not None:
+        by_key = program.alibi_slopes.unflatten(1, (problem.k.shape[-2], -1))
+        program = replace(program, alibi_slopes=by_key.mT.flatten(1))
+    return ScoreArguments.of(program, problem.batch, 1.0, problem.lse_dtype).flatten()
+
+
+def page_size_of(problem: Problem) -> int | None:
+    """Keys of a page; None: keys do not lie in pages."""
+    paged = problem.packed is not None and problem.packed.block_table is not None
+    return problem.k.shape[1] if paged else None
+
+
+def _max_num_blocks(problem: Problem) -> int:
+    """How many pages a row of the block table has."""
+    table = None if problem.packed is None else problem.packed.block_table
+    return 0 if table is None else table.shape[1]
+
+
+def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Sequences first to stop of `most` keys in all, or one."""
+    first = keys = 0
+    for sequence, length in enumerate(lengths):
+        if keys and keys + length > most:
+            yield first, sequence
+            first, keys = sequence, 0
+        keys += length
+    yield first, len(lengths)

@@ -1,0 +1,64 @@
+"""Tile sizes of the fused engine's kernels, by (direction, head_dim, kind of features).
+
+No card was there to measure them on: they were found by compiling for sm_75 and reading the machine code.
+"""
+
+from __future__ import annotations
+
+from .form import FlexOptions
+
+
+def _forward(block_m: int, block_n: int, num_warps: int, num_stages: int) -> FlexOptions:
+    return (("BLOCK_M", block_m), ("BLOCK_N", block_n), ("num_warps", num_warps), ("num_stages", num_stages))
+
+
+def _backward(m1: int, n1: int, m2: int, n2: int, num_warps: int, num_stages: int) -> FlexOptions:
+    blocks = (("BLOCK_M1", m1), ("BLOCK_N1", n1), ("BLOCK_M2", m2), ("BLOCK_N2", n2))
+    return (*blocks, ("num_warps", num_warps), ("num_stages", num_stages))
+
+
+# The best that `python -m tools.turing_report --search` found for fp16, in the order of `ranked` there: in Turing's
+# shared memory, without spills (or with the fewest), then with warps and a pipeline to hide latency, then by the cycles
+# that the loops' instructions take. Behind each: registers; blocks an SM; the share of the tensor cores' peak that
+# those cycles allow, "dense" causal, "many" with all. The tool's report compiles each with and without GQA; where the
+# first in order spills then, or takes all 64 KB though an equal one does not, this is the next. "packed" was not
+# searched: it is the dense entry, or where that spills the next of dense ones that does not.
+TURING: dict[tuple[str, int, str], FlexOptions] = {
+    ("forward", 32, "dense"): _forward(128, 64, 4, 2),  # 238, 2, 91 %
+    ("forward", 32, "packed"): _forward(128, 64, 4, 2),  # 244, 2, 84 %
+    ("forward", 32, "many"): _forward(64, 64, 4, 2),  # 163, 3, 26 %
+    ("forward", 64, "dense"): _forward(128, 32, 4, 2),  # 236, 2, 100 %
+    ("forward", 64, "packed"): _forward(128, 32, 4, 2),  # 232, 2, 100 %
+    ("forward", 64, "many"): _forward(64, 64, 4, 2),  # 255, 2, 48 %
+    ("forward", 128, "dense"): _forward(128, 32, 8, 2),  # 234, 1, 100 %
+    ("forward", 128, "packed"): _forward(128, 32, 8, 2),  # 230, 1, 100 %
+    ("forward", 128, "many"): _forward(64, 32, 4, 1),  # 255, 2, 74 %
+    ("forward", 256, "dense"): _forward(64, 32, 4, 2),  # 255, 1, 100 %; 10 spills with GQA
+    ("forward", 256, "packed"): _forward(64, 16, 4, 1),  # 255, 1, 65 %
+    ("forward", 256, "many"): _forward(64, 16, 4, 1),  # 255, 1, 64 %; 66 spills
+    ("backward", 32, "dense"): _backward(16, 128, 128, 16, 4, 2),  # 222, 2, 100 %
+    ("backward", 32, "packed"): _backward(16, 128, 128, 16, 4, 2),  # 254, 2, 92 %
+    ("backward", 32, "many"): _backward(32, 64, 64, 32, 4, 2),  # 218, 2, 34 %
+    ("backward", 64, "dense"): _backward(32, 64, 64, 32, 4, 2),  # 248, 2, 100 %
+    ("backward", 64, "packed"): _backward(16, 64, 64, 16, 4, 2),  # 254, 2, 96 %
+    ("backward", 64, "many"): _backward(16, 64, 64, 16, 4, 2),  # 168, 2, 61 %
+    ("backward", 128, "dense"): _backward(32, 32, 32, 32, 4, 1),  # 254, 2, 83 %
+    ("backward", 128, "packed"): _backward(32, 32, 32, 32, 4, 1),  # 248, 2, 83 %
+    ("backward", 128, "many"): _backward(32, 32, 32, 32, 4, 1),  # 246, 2, 83 %
+    ("backward", 256, "dense"): _backward(32, 32, 32, 32, 8, 2),  # 255, 1, 52 %
+    ("backward", 256, "packed"): _backward(32, 32, 32, 32, 8, 2),  # 255, 1, 52 %
+    ("backward", 256, "many"): _backward(16, 32, 32, 16, 8, 2),  # 234, 1, 28 %
+}
+
+
+# bf16 and fp32, which Turing's tensor cores do not take: scalar arithmetic on operands in shared memory, of which a
+# block has 64 KB. The largest tiles of a few tried that fit there; behind each, KB of shared memory with all features
+# in fp32. At head_dim 256 the smallest tiles do not fit backward, so that class is not here.
+TURING_WIDE: dict[tuple[str, int], FlexOptions] = {
+    ("forward", 32): _forward(32, 32, 4, 1),
+    ("forward", 64): _forward(32, 32, 4, 1),  # 20
+    ("forward", 128): _forward(32, 32, 4, 1),  # 36
+    ("backward", 32): _backward(32, 32, 32, 32, 8, 1),
+    ("backward", 64): _backward(32, 32, 32, 32, 8, 1),  # 36
+    ("backward", 128): _backward(16, 16, 16, 16, 8, 1),  # 33
+}
