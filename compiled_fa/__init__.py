@@ -3,15 +3,16 @@
     interface.py      the six functions: what people call
     ops.py            torch.ops.compiled_fa.*: what torch.compile and autograd see
     validation.py     every check of an argument
-    engines/          who computes: fused (one Triton kernel each way, on CUDA), sdpa_cpu (PyTorch's kernel, on a CPU),
-                      tiled (anything, anywhere)
-    inductor.py       graphs compiled by Inductor and called without guards
-    lowering.py       what Inductor makes of our ops in other people's graphs
-    warmup.py         compiling ahead; progress.py: what a terminal is told meanwhile
-    hardware.py       what this machine's processor does well; memory.py: how its system gives memory fast
-    untiled.py        which calls on a CPU need no tiles
-    turing/           tensor cores on Turing for every Triton kernel of the process
+    engines/          who computes: fused (one Triton kernel each way, on CUDA), split_kv and sdpa_cpu (on a CPU), tiled
+                      (anything, anywhere); and which of them serves a call
     scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
+    inductor/         what we ask of Inductor: compiled graphs and steps, and what it makes of our ops in other graphs
+    turing/           tensor cores on Turing for every Triton kernel of the process
+    tuning/           the numbers that were tuned, and on which machine
+    caches.py         what outlives a call, bounded
+    config.py         the environment variables
+    warmup.py         compiling ahead; messages.py: what people are told meanwhile
+    hardware.py       what this machine's processor does well; memory.py: how its system gives memory fast
 
 Shape letters, here and everywhere: B batch, Sq and Sk lengths, H and Hk query and key heads, D head_dim, Dv head_dim of
 v, T total tokens of packed sequences.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import engines
+from .. import config, engines
 from .cases import CASES, Run
 from .environment import describe
 
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--device", default=None, help="default: cuda where available, else cpu")
-    parser.add_argument("--engine", default=engines.requested(), choices=["auto", *engines.ENGINES])
+    parser.add_argument("--engine", default=engines.requested(), choices=config.ENGINES)
     parser.add_argument("--dtype", default=None, choices=["float16", "bfloat16", "float32", "float64"])
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="repeat for several")
     options = parser.parse_args(arguments)

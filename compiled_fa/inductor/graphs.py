@@ -29,6 +29,10 @@ from ..messages import result_of
 Compiled = Callable[[list[Tensor]], Any]
 Size = Callable[[str, int], Any]  # (name, typical value) -> a symbolic size, the same one for the same name
 
+# Inductor compiles one graph at a time: in two threads at once it fails, and FX has one flag for all threads that says
+# whether somebody traces. Threads whose code is compiled already (caches.py) wait for nobody.
+_lock = threading.Lock()
+
 
 @functools.cache
 def compiler() -> str | None:
@@ -82,7 +86,7 @@ def compile_graph(
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    with torch.inference_mode(False), torch.no_grad(), inductor_config.patch(config):
+    with _lock, torch.inference_mode(False), torch.no_grad(), inductor_config.patch(config):
         with mode:
             inputs = list(example_inputs(symbolic_sizes(mode)))
             traced = make_fx(function, decomposition_table={**select_decomp_table(), **decompositions})(*inputs)
@@ -92,31 +96,17 @@ def compile_graph(
     return call
 
 
-_allowing, _allowing_lock = 0, threading.Lock()
-_bfloat16_check: Any = None
-
-
 @contextlib.contextmanager
 def _bfloat16_allowed() -> Iterator[None]:
-    """Inductor gives up on bfloat16 below sm_80, because it is slow there. Triton compiles it, by way of fp32.
-
-    Several threads may compile: the first takes the check away, the last puts it back.
-    """
-    global _allowing, _bfloat16_check
+    """Inductor gives up on bfloat16 below sm_80, because it is slow there. Triton compiles it, by way of fp32."""
     import torch._inductor.compile_fx as compile_fx
 
-    with _allowing_lock:
-        if not _allowing:
-            _bfloat16_check = compile_fx._check_triton_bf16_support
-            compile_fx._check_triton_bf16_support = lambda graph: None
-        _allowing += 1
+    check = compile_fx._check_triton_bf16_support
+    compile_fx._check_triton_bf16_support = lambda graph: None
     try:
         yield
     finally:
-        with _allowing_lock:
-            _allowing -= 1
-            if not _allowing:
-                compile_fx._check_triton_bf16_support = _bfloat16_check
+        compile_fx._check_triton_bf16_support = check
 
 
 def symbolic_sizes(mode: Any) -> Size:

@@ -1,0 +1,273 @@
+"""What outlives a call: bounded, made once, by nobody's waiting for another's, and usable by every call after."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise, permutations
+
+import pytest
+import torch
+from support import Case, check_against_float64, cumulative, make, packed
+from tuned import retune
+
+import compiled_fa
+from compiled_fa import caches, flash_attn_func, flash_attn_varlen_func, messages, ops, use_engine
+from compiled_fa.caches import Cache, Scratch
+from compiled_fa.inductor import graphs
+from compiled_fa.inductor.steps import STEPS
+
+
+@pytest.fixture
+def of_this_test(monkeypatch):
+    """Caches made here are not among the process's."""
+    monkeypatch.setattr(caches, "_all", [])
+
+
+def test_the_least_recently_used_goes_first(of_this_test):
+    cache = Cache("a test's", entries=2)
+    made = []
+
+    def get(key):
+        return cache.get(key, lambda: made.append(key) or key.upper())
+
+    assert [get(key) for key in "abab"] == list("ABAB")
+    get("a")
+    get("c")
+    assert made == list("abc")
+    assert len(cache) == 2
+    get("a")
+    get("b")
+    assert made == list("abcb")
+    assert cache.contents() == "a test's 2 of 2"
+    cache.clear()
+    assert len(cache) == 0
+
+
+def test_bytes_are_bounded(of_this_test):
+    cache = Cache("a test's", entries=9, nbytes=1000, size_of=lambda x: x.nbytes)
+    for number in range(5):
+        cache.get(number, lambda: torch.zeros(100))
+        assert cache.nbytes <= 1000
+    assert len(cache) == 2
+    large = cache.get("large", lambda: torch.zeros(1000))  # itself more than fits: kept alone, until the next one
+    assert len(cache) == 1
+    assert cache.get("large", lambda: None) is large
+
+
+def test_an_error_reaches_all_and_is_not_kept(of_this_test):
+    cache = Cache("a test's", entries=2)
+    with pytest.raises(ZeroDivisionError):
+        cache.get("x", lambda: 1 // 0)
+    assert cache.get("x", lambda: 7) == 7
+
+
+def test_one_makes_it_and_who_needs_another_does_not_wait(of_this_test):
+    cache = Cache("a test's", entries=4)
+    begun, finish, made = threading.Event(), threading.Event(), []
+
+    def slowly():
+        made.append("slow")
+        begun.set()
+        finish.wait()
+        return "slow"
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(cache.get, "slow", slowly)
+        begun.wait()
+        second = pool.submit(cache.get, "slow", slowly)
+        assert pool.submit(cache.get, "other", lambda: "other").result(timeout=60) == "other"
+        assert not first.done()
+        assert not second.done()
+        finish.set()
+        assert first.result() == second.result() == "slow"
+    assert made == ["slow"]
+
+
+def test_compiling_one_kernel_does_not_hold_up_another(compiled_steps, monkeypatch):
+    """A softcap kernel that takes until it is told to finish, and a plain one in memory, which another thread needs."""
+    q = torch.randn(1, 40, 2, 8)
+
+    def call(**options):
+        with use_engine("tiled"):
+            return flash_attn_func(q, q, q, **options)
+
+    STEPS.clear()
+    expected = call(causal=True)
+    begun, finish = threading.Event(), threading.Event()
+    compile_graph = graphs.compile_graph
+
+    def held_up(*arguments):
+        begun.set()
+        finish.wait()
+        return compile_graph(*arguments)
+
+    monkeypatch.setattr(graphs, "compile_graph", held_up)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(call, softcap=3.0)
+        begun.wait()
+        assert torch.equal(pool.submit(call, causal=True).result(timeout=300), expected)
+        assert not first.done()
+        finish.set()
+        capped = first.result()
+    monkeypatch.setenv("COMPILED_FA_COMPILE", "0")
+    assert torch.allclose(capped, call(softcap=3.0), atol=1e-6)
+
+
+def test_kernels_compiled_at_once_are_right(compiled_steps):
+    """Six pieces of code by six threads; each with its own options for Inductor."""
+    STEPS.clear()
+    cases = [
+        Case(((50, 70), (3, 9)), seed=seed, dtype=dtype, **options)
+        for seed, (dtype, options) in enumerate(
+            [
+                (torch.float32, {"causal": True}),
+                (torch.float32, {"softcap": 3.0}),
+                (torch.float64, {"slopes": "heads"}),
+                (torch.float32, {"dropout_p": 0.3}),
+                (torch.float64, {"softcap": 2.0, "causal": True}),
+                (torch.float32, {"slopes": "batch", "softcap": 5.0}),
+            ]
+        )
+    ]
+
+    def results(case):
+        data = make(case)
+        q, k, v = (x.clone().requires_grad_() for x in (data.q, data.k, data.v))
+        longest = [max(pair[side] for pair in case.lengths) for side in (0, 1)]
+        out, lse = ops.varlen_attention(q, k, v, *data.cu_seqlens, *longest, None, *data.options, "tiled")
+        gradients = torch.autograd.grad((out, lse), (q, k, v), (data.dout, data.dlse))
+        return packed(data, (out.detach(), lse.detach(), *gradients))
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for case, found in zip(cases, list(pool.map(results, cases)), strict=True):
+            check_against_float64(make(case), found)
+    assert not any("could not compile" in said for said in messages._said)
+
+
+# ----------------------------------------------------------------------------------------------------- inference mode
+
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (2, 1)},
+    "nothing but itself": {"window_size": (0, 0)},
+    "softcap": {"softcap": 3.0},
+    "ALiBi": {"alibi": True},
+    "dropout": {"dropout_p": 0.4},
+    "all": {"causal": True, "window_size": (3, 0), "softcap": 3.0, "alibi": True, "dropout_p": 0.4},
+}
+
+
+def run(lengths, dense, mode, alibi=False, head_dim=4, **options):
+    """A call, with its gradients where the mode is to train."""
+    torch.manual_seed(len(lengths))
+    if alibi:
+        options["alibi_slopes"] = torch.tensor([0.3, 0.1])
+    with torch.inference_mode() if mode == "evaluate" else torch.set_grad_enabled(mode == "train"):
+        x = torch.randn(sum(lengths), 2, head_dim, requires_grad=mode == "train")
+        if dense:
+            batch = x.unflatten(0, (len(lengths), -1))
+            out = flash_attn_func(batch, batch, batch, **options).flatten(0, 1)
+        else:
+            cu_seqlens = cumulative(lengths)
+            out = flash_attn_varlen_func(x, x, x, cu_seqlens, cu_seqlens, max(lengths), max(lengths), **options)
+        if mode != "train":
+            return [out.clone()]
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), x)]
+
+
+@pytest.mark.parametrize("engine", ["auto", "tiled"])
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "packed"])
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_inference_mode_leaves_nothing_behind(features, dense, engine):
+    """Evaluate, train, evaluate longer, ...: any order, and each call's results are those of a process of its own."""
+    short, long = [2, 2] if dense else [2, 3, 0], [40, 40] if dense else [40, 70, 1]
+    calls = [(short, "evaluate"), (short, "train"), (long, "evaluate"), (long, "train"), (long, "no_grad")]
+    with use_engine(engine):
+        expected = {}
+        for lengths, mode in calls:
+            compiled_fa.clear_caches()
+            expected[len(lengths) * 1000 + max(lengths), mode] = run(lengths, dense, mode, **features)
+        for order in [calls, *list(permutations(calls))[7::23]]:
+            compiled_fa.clear_caches()
+            for lengths, mode in order:
+                found = run(lengths, dense, mode, **features)
+                for one, other in zip(found, expected[len(lengths) * 1000 + max(lengths), mode], strict=True):
+                    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("step", ["decode", "short"])
+def test_plans_made_in_inference_mode_serve_others(monkeypatch, compiled_steps, step):
+    small = {"decode_from_keys": 1, "decode_from_elements": 1, "decode_from_elements_wide": 1, "short_from_elements": 1}
+    retune(monkeypatch, split_kv=small)
+    lengths_q, lengths_k = ([1, 1], [90, 70]) if step == "decode" else ([9, 30, 4], [9, 30, 4])
+    sides = (lengths_q, lengths_k, lengths_k)
+    q, k, v = (torch.randn(sum(lengths), 2, 32, requires_grad=True) for lengths in sides)
+    arguments = cumulative(lengths_q), cumulative(lengths_k), max(lengths_q), max(lengths_k)
+    compiled_fa.clear_caches()
+    with torch.inference_mode():
+        expected = flash_attn_varlen_func(q, k, v, *arguments).clone()
+    out = flash_attn_varlen_func(q, k, v, *arguments)
+    assert torch.equal(out.detach(), expected)
+    out.sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_a_compiled_model_after_inference_mode():
+    torch._dynamo.reset()
+    compiled_fa.clear_caches()
+    compiled = torch.compile(
+        lambda x: flash_attn_func(x, x, x, window_size=(0, 0)), backend="aot_eager", fullgraph=True
+    )
+    x = torch.randn(1, 2, 1, 4)
+    with torch.inference_mode():
+        compiled(x.clone())
+    trained = x.clone().requires_grad_()
+    compiled(trained).sum().backward()
+    assert torch.allclose(trained.grad, torch.ones_like(x))  # each query sees itself alone: out is v
+
+
+# ------------------------------------------------------------------------------------------------------------- scratch
+
+
+def test_scratch_is_bounded_and_reused(of_this_test):
+    scratch = Scratch("a test's", buffer_bytes=4000, nbytes=5000)
+    small = scratch.take("small", (100,), torch.float32)
+    large = scratch.take("large", (1001,), torch.float32)
+    assert scratch.take("small", (10, 10), torch.float32).data_ptr() == small.data_ptr()
+    scratch.trim()
+    assert scratch.nbytes == 400
+    del large
+    for number in range(20):
+        scratch.take(f"number {number}", (250,), torch.float32)
+    scratch.trim()
+    assert scratch.nbytes == 5000
+    assert scratch.take("number 19", (250,), torch.float32).shape == (250,)
+    scratch.clear()
+    assert scratch.nbytes == 0
+
+
+def test_threads_have_buffers_of_their_own(of_this_test):
+    scratch = Scratch("a test's", buffer_bytes=4000, nbytes=5000)
+    mine = scratch.take("x", (100,), torch.float32)
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(scratch.take, "x", (100,), torch.float32).result()
+        assert theirs.data_ptr() != mine.data_ptr()
+        assert scratch.nbytes == 800
+    assert scratch.nbytes == 400  # with the thread its buffers go
+
+
+def test_clear_caches_forgets_all_and_changes_nothing():
+    q = torch.randn(2, 50, 2, 8)
+
+    def call():
+        return flash_attn_func(q, q, q, window_size=(5, 3), softcap=2.0)
+
+    expected = call()
+    assert "0 MB of" not in caches.contents().split("scratch")[-1]
+    compiled_fa.clear_caches()
+    for one, other in pairwise([line.split(" of ")[0] for line in caches.contents().split("; ")]):
+        assert one.endswith(" 0")
+        assert other.endswith((" 0", " 0 MB"))
+    assert torch.equal(call(), expected)
