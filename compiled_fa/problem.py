@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,21 @@ from torch import Tensor
 from .scores import Dropout, ScoreProgram, Window
 
 Direction = Literal["forward", "backward"]
+Found = TypeVar("Found")
+
+
+def once_a_call(function: Callable[[Problem], Found]) -> Callable[[Problem], Found]:
+    """What a function finds out about a problem, found out once: who chooses an engine asks the same as the engine."""
+
+    @functools.wraps(function)
+    def remembered(problem: Problem) -> Found:
+        notes = problem.notes
+        if function not in notes:
+            notes[function] = function(problem)
+        found: Found = notes[function]
+        return found
+
+    return remembered
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ class Problem:
     dropout_p: float
     dropout_seed: Tensor | None
     packed: Packed | None = None
+    notes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # of once_a_call
 
     @classmethod
     def of(

@@ -24,7 +24,10 @@ class Engine(Protocol):
         """Why it cannot serve a device, or a call on it; None: it can."""
 
     def defers(self, problem: Problem, direction: Direction, to: str) -> bool:
-        """Is the engine `to`, which would serve in its place, faster at a call that this one could serve?"""
+        """Is the engine `to`, which would serve in its place, faster, provided that this one could serve the call?
+
+        Asked first, of every call: it must be quick, and read no values off a CPU.
+        """
 
     def inlines(self, problem: Problem) -> bool:
         """Is its call a handful of operators, which may stand in a compiled graph of these shapes in the op's place?

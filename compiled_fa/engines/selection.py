@@ -19,7 +19,7 @@ from .engine import Engine
 # In the order of preference. The last one serves everything.
 ENGINES: tuple[Engine, ...] = (fused, split_kv, sdpa_cpu, tiled)
 
-_BEFORE_THE_LAST = ENGINES[-2::-1]
+_BEFORE_THE_LAST = ENGINES[-2::-1]  # the least preferred first
 
 IN_CONTEXT = "context"  # an engine's name in compiled code: that which use_engine says where the op is called
 
@@ -29,10 +29,19 @@ _in_use = False
 
 
 class Route(NamedTuple):
-    """The engine that serves a call, and why those before it do not: (name, reason) of each."""
+    """The engine that serves a call."""
 
     engine: Engine
-    refusals: tuple[tuple[str, str], ...]
+    problem: Problem
+    direction: Direction
+
+    def refusals(self) -> list[tuple[str, str]]:
+        """The engines that come before it, and why they do not serve."""
+        device, refusals = self.problem.q.device, []
+        for engine in ENGINES[: ENGINES.index(self.engine)]:
+            reason = engine.unsupported_reason(device, self.problem, self.direction)
+            refusals.append((engine.name, reason or f"{self.engine.name} is faster"))
+        return refusals
 
 
 @contextmanager
@@ -81,20 +90,17 @@ def select(problem: Problem, direction: Direction, name: str = "auto") -> Route:
         engine = next(engine for engine in ENGINES if engine.name == name)
         if (reason := engine.unsupported_reason(device, problem, direction)) is not None:
             raise RuntimeError(f"the {name} engine was asked for and cannot serve this call: {reason}")
-        return Route(engine, ())
+        return Route(engine, problem, direction)
     chosen: Engine = ENGINES[-1]
-    refusals: list[tuple[str, str]] = []
     for engine in _BEFORE_THE_LAST:
-        if (reason := engine.unsupported_reason(device, problem, direction)) is not None:
-            refusals.append((engine.name, reason))
-        elif engine.defers(problem, direction, chosen.name):
-            refusals.append((engine.name, f"{chosen.name} is faster"))
-        else:
-            chosen, refusals = engine, []
-    if refusals and device.type != "cpu":
-        why = "; ".join(f"not {other}: {reason}" for other, reason in refusals[::-1])
+        defers = engine.defers(problem, direction, chosen.name)
+        if not defers and engine.unsupported_reason(device, problem, direction) is None:
+            chosen = engine
+    route = Route(chosen, problem, direction)
+    if chosen is not ENGINES[0] and device.type != "cpu":
+        why = "; ".join(f"not {other}: {reason}" for other, reason in route.refusals())
         say_once(f"the {chosen.name} engine serves on {device.type}, {why}")
-    return Route(chosen, tuple(refusals[::-1]))
+    return route
 
 
 def inlined(problem: Problem, direction: Direction, name: str = "auto") -> Engine | None:

@@ -52,10 +52,10 @@ def unsupported_reason(
 
 def defers(problem: Problem, direction: Direction, to: str) -> bool:
     """Is the engine `to` faster at a call that this one could serve? As measured: bench/NOTES.md."""
-    if eager_reason() is not None:
+    if direction == "backward" or problem.q.device.type != "cpu" or eager_reason() is not None:
         return True
-    decodes = decode.unsupported_reason(problem) is None and decode.pays(problem, to)
-    return not decodes and not (short_varlen.unsupported_reason(problem) is None and short_varlen.pays(problem))
+    decodes = decode.pays(problem, to) and decode.unsupported_reason(problem) is None
+    return not decodes and not (short_varlen.pays(problem) and short_varlen.unsupported_reason(problem) is None)
 
 
 def inlines(problem: Problem) -> bool:
@@ -65,9 +65,8 @@ def inlines(problem: Problem) -> bool:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out, shaped as q with v's head_dim, and lse, (B, H, Sq) or, packed, (H, T)."""
-    if decode.unsupported_reason(problem) is not None:
-        return short_varlen.forward(problem)
-    if short_varlen.unsupported_reason(problem) is not None or decode.pays(problem, "tiled"):
+    decodes = decode.unsupported_reason(problem) is None
+    if decodes and (decode.pays(problem, "tiled") or short_varlen.unsupported_reason(problem) is not None):
         return decode.forward(problem)
     return short_varlen.forward(problem)
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...problem import Problem
+from ...problem import Problem, once_a_call
 from ...tuning import current
 from . import step
 from .decode_plan import page_size_of, plan
 from .split_table import Rows, located, sizes
 
 
+@once_a_call
 def unsupported_reason(problem: Problem) -> str | None:
     """Why `forward` cannot serve a call on a CPU, with queries and keys and without dropout; None: it can."""
     most_rows = current().split_kv.most_rows
     queries, longest = problem.mean_seqlens[0], 0
     if (rows := max(1, queries) * problem.heads_per_key) > most_rows:
         return f"it decodes for up to {most_rows} query rows a key head, and these are {rows}"
-    k, v = Rows.of(problem.k), Rows.of(problem.v)
+    k, v = _rows(problem)
     if k is None or v is None or k.per_block != v.per_block:
         return "it decodes where keys and values are rows at even distances in memory"
     if problem.packed is None:
@@ -37,18 +38,26 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
+@once_a_call
+def _rows(problem: Problem) -> tuple[Rows | None, Rows | None]:
+    """Keys and values as rows of memory."""
+    return Rows.of(problem.k), Rows.of(problem.v)
+
+
 def pays(problem: Problem, instead_of: str) -> bool:
     """Is it faster than that engine?"""
-    tuned, seqlen_k, elements = current().split_kv, problem.mean_seqlens[1], problem.k.numel()
+    tuned, seqlens = current().split_kv, problem.mean_seqlens
+    if max(1, seqlens[0]) * problem.heads_per_key > tuned.most_rows or seqlens[1] < tuned.decode_from_keys:
+        return False
     enough = tuned.decode_from_elements
     if instead_of == "sdpa_cpu" and problem.k.dtype.itemsize >= 4:
-        enough = tuned.decode_from_elements_wide // (2 if seqlen_k >= tuned.decode_long_keys else 1)
-    return seqlen_k >= tuned.decode_from_keys and elements >= enough
+        enough = tuned.decode_from_elements_wide // (2 if seqlens[1] >= tuned.decode_long_keys else 1)
+    return problem.k.numel() >= enough
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out and lse, as the engine's."""
-    k, v = Rows.of(problem.k), Rows.of(problem.v)
+    k, v = _rows(problem)
     if k is None or v is None:
         raise ValueError("k and v must be rows of memory: unsupported_reason tells")
     q, batch, queries = problem.q, problem.batch, problem.mean_seqlens[0]

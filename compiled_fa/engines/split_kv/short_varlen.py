@@ -15,7 +15,7 @@ from ...caches import Cache
 from ...inductor.graphs import Compiled
 from ...inductor.steps import eager_reason
 from ...memory import keep_freed, new_empty
-from ...problem import Packed, Problem
+from ...problem import Packed, Problem, once_a_call
 from ...scores import Window
 from ...scores.arguments import Features, ScoreArguments
 from ...tuning import current
@@ -43,6 +43,7 @@ class ShortVarlenPlan(NamedTuple):
 _plans: Cache[object, ShortVarlenPlan] = Cache("short varlen plans", entries=4)
 
 
+@once_a_call
 def unsupported_reason(problem: Problem) -> str | None:
     """Why `forward` cannot serve a call on a CPU, with queries and keys and without dropout; None: it can."""
     q, k, packed, most_rows = problem.q, problem.k, problem.packed, current().split_kv.most_rows
