@@ -11,6 +11,8 @@
     hardware.py       what this machine's processor does well; memory.py: how its system gives memory fast
     untiled.py        which calls on a CPU need no tiles
     turing/           tensor cores on Turing for every Triton kernel of the process
+    testing/          attention problems, ways to run them, the reference, and how wrong a result may be
+    check/            `python -m compiled_fa`
     scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
 
 Shape letters, here and everywhere: B batch, Sq and Sk lengths, H and Hk query and key heads, D head_dim, Dv head_dim of
