@@ -83,7 +83,7 @@ class Reference:
         for sample, results_expected in self._expected:
             for name, wanted in results_expected.items():
                 part = self._part(sample, found[name], SIDES[name])[-len(wanted.exact) :]
-                off, allowed = error(part, wanted.exact), slack * wanted.allowed
-                if not off <= allowed:
-                    return f"{name} is off by {off:.2g}, allowed {allowed:.2g}"
+                off = error(part, wanted.exact)
+                if not wanted.allows(off, slack):
+                    return f"{name} is off by {off:.2g}, allowed {slack * wanted.allowed:.2g}"
         return None
