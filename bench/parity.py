@@ -5,50 +5,46 @@ query heads that read it; heads and sequences do not depend on one another. Wher
 large, the sample is the last rows only, which bottom right alignment makes a problem of its own: it gives out and dq,
 and under causal dk and dv of the last keys, which no other query sees.
 
-Ours may have the error that check/budget.py allows; a peer, which is not what is tested, PEER_SLACK times as much.
+Ours may have the error that compiled_fa/testing/budget.py allows; a peer, which is not what is tested, PEER_SLACK times
+as much.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compiled_fa.check.budget import budget, error, magnitudes
-from compiled_fa.check.naive import naive_attention
-from compiled_fa.scores import Dropout
+from compiled_fa.testing import run_naive
+from compiled_fa.testing.budget import Expected, error, magnitudes
+from compiled_fa.testing.run import Results
 
 from .cases import Direction, Inputs
 
 LARGEST_SAMPLE = 1 << 26  # score elements of a sample
 LAST_ROWS = 64
 PEER_SLACK = 4.0
-RESULTS = ("out", "dq", "dk", "dv")
+COMPARED = ("out", "dq", "dk", "dv")
 SIDES = {"out": 0, "dq": 0, "dk": 1, "dv": 1}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Key head `head` of sequence `number`; rows: how many of its last queries."""
+    """Key head `head` of sequence `number`; queries: how many of its last."""
 
     number: int
     head: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Expected:
-    exact: Tensor
-    allowed: float
+    queries: int
 
 
 class Reference:
     """What a case's results are, in its samples. dropout_seed: of ours; None: dropout is left out."""
 
     def __init__(self, inputs: Inputs, direction: Direction, dropout_seed: Tensor | None = None) -> None:
-        self.inputs, self.direction, self.seed = inputs, direction, dropout_seed
-        self._expected = [(sample, self._expect(sample)) for sample in self._samples()]
+        case = inputs.case if dropout_seed is not None else replace(inputs.case, dropout_p=0.0)
+        self.inputs = replace(inputs, case=case, dropout_seed=dropout_seed, dlse=None)
+        self._expected = [(sample, self._expect(sample, direction != "forward")) for sample in self._samples()]
 
     def _samples(self) -> list[Sample]:
         case = self.inputs.case
@@ -60,72 +56,34 @@ class Reference:
             samples.append(Sample(number, head, seqlen_q if small else LAST_ROWS))
         return samples
 
-    def _part(self, sample: Sample, tensor: Tensor, side: int) -> Tensor:
-        """The sample's rows and heads of a packed tensor. side: 0 q, out, dq and dout; 1 k, v, dk and dv."""
-        heads = self.inputs.case.heads_per_key if side == 0 else 1
-        part = self.inputs.sequence(tensor, sample.number, side)[:, sample.head * heads : (sample.head + 1) * heads]
-        return part[-sample.rows :] if side == 0 else part
-
-    def _attend(self, sample: Sample, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-        case = self.inputs.case
-        *qkv, dout = (x.detach().to(dtype)[None] for x in tensors)
-        qkv = [x.requires_grad_(self.direction != "forward") for x in qkv]
-        heads = slice(sample.head * case.heads_per_key, (sample.head + 1) * case.heads_per_key)
-        slopes = self.inputs.alibi_slopes
-        out, _ = naive_attention(
-            *qkv,
-            causal=case.causal,
-            window_size=case.window_size,
-            softcap=case.softcap,
-            alibi_slopes=slopes[heads] if slopes is not None else None,
-            dropout_p=case.dropout_p if self.seed is not None else 0.0,
-            keep=self._keep(sample, heads),
+    def _expect(self, sample: Sample, gradients: bool) -> dict[str, Expected]:
+        part = self.inputs.part(sample.number, sample.head, sample.queries)
+        exact, naive = (
+            self._whole(sample, run_naive(part, dtype, gradients)) for dtype in (torch.float64, part.case.dtype)
         )
-        results = {"out": out.detach()[0]}
-        if self.direction != "forward":
-            gradients = torch.autograd.grad(out, qkv, dout)
-            results |= {name: x[0] for name, x in zip(RESULTS[1:], gradients, strict=True)}
-            results = self._whole(sample, results)
-        return results
+        sizes = magnitudes(part)
+        return {name: Expected.of(naive[name], x, sizes[name]) for name, x in exact.items()}
 
-    def _keep(self, sample: Sample, heads: slice) -> Tensor | None:
-        if self.seed is None:
-            return None
-        seqlen_q, seqlen_k = self.inputs.case.lengths[sample.number]
-        spans = (sample.number, sample.number + 1), (heads.start, heads.stop), (seqlen_q - sample.rows, seqlen_q)
-        indices = [
-            torch.arange(first, stop, dtype=torch.int32, device=self.seed.device).view(-1, *[1] * (3 - at))
-            for at, (first, stop) in enumerate((*spans, (0, seqlen_k)))
-        ]
-        return Dropout.of(self.inputs.case.dropout_p, self.seed).keep(*indices)
+    def _whole(self, sample: Sample, results: Results) -> Results:
+        """What is compared, without the gradients of keys that queries outside the sample see."""
+        case, found = self.inputs.case, {name: results[name] for name in COMPARED if name in results}
+        if sample.queries == case.lengths[sample.number][0]:
+            return found
+        last = {name: x[-sample.queries :] for name, x in found.items()}
+        return last if case.causal else {name: x for name, x in last.items() if SIDES[name] == 0}
 
-    def _whole(self, sample: Sample, results: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Without the gradients of keys that queries outside the sample see."""
-        if sample.rows == self.inputs.case.lengths[sample.number][0]:
-            return results
-        kept = {name: results[name] for name in ("out", "dq")}
-        if self.inputs.case.causal:
-            kept |= {name: results[name][-sample.rows :] for name in ("dk", "dv")}
-        return kept
-
-    def _expect(self, sample: Sample) -> dict[str, Expected]:
-        inputs, case = self.inputs, self.inputs.case
-        sides = (inputs.q, 0), (inputs.k, 1), (inputs.v, 1), (inputs.dout, 0)
-        tensors = tuple(self._part(sample, tensor, side) for tensor, side in sides)
-        exact = self._attend(sample, tensors, torch.float64)
-        naive = self._attend(sample, tensors, getattr(torch, case.dtype))
-        keep_probability = 1.0 - (case.dropout_p if self.seed is not None else 0.0)
-        q, k, v, dout = tensors
-        sizes = magnitudes(q, k, v, dout, case.head_dim**-0.5, keep_probability)
-        return {name: Expected(x, budget(naive[name], x, sizes[name])) for name, x in exact.items()}
+    def _part(self, sample: Sample, tensor: Tensor, side: int) -> Tensor:
+        """The sample's heads of the rows of a sequence."""
+        heads = self.inputs.case.heads_per_key if side == 0 else 1
+        return self.inputs.sequence(tensor, sample.number, side)[:, sample.head * heads : (sample.head + 1) * heads]
 
     def complaint(self, results: tuple[Tensor, ...], slack: float) -> str | None:
         """What is wrong with (out,) or (out, dq, dk, dv), packed as the inputs; None: nothing."""
-        found = dict(zip(RESULTS, results, strict=False))
-        for sample, expected in self._expected:
-            for name, wanted in expected.items():
+        found = dict(zip(COMPARED, results, strict=False))
+        for sample, results_expected in self._expected:
+            for name, wanted in results_expected.items():
                 part = self._part(sample, found[name], SIDES[name])[-len(wanted.exact) :]
-                off, allowed = error(part, wanted.exact), slack * wanted.allowed
-                if not off <= allowed:
-                    return f"{name} is off by {off:.2g}, allowed {allowed:.2g}"
+                off = error(part, wanted.exact)
+                if not wanted.allows(off, slack):
+                    return f"{name} is off by {off:.2g}, allowed {slack * wanted.allowed:.2g}"
         return None

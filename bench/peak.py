@@ -1,6 +1,7 @@
 """Peak memory of one call beside its inputs: the process that bench/processes.py starts.
 
-    echo '{"case": {"lengths": [[2048, 2048]]}, "direction": "forward", "peer": "ours"}' | python -m bench.peak
+    REQUEST='{"case": {"lengths": [[2048, 2048]], "dense": true}, "direction": "forward", "peer": "ours"}'
+    echo $REQUEST | python -m bench.peak
 
 A short call first compiles what there is to compile, so that the compiler's own memory is not counted; then the
 high-water mark of the resident set (Linux: VmHWM; on a GPU the allocator's) is reset, and read after one call. Its
@@ -51,10 +52,10 @@ def highest(device: torch.device) -> int:
 def measure(case: Case, direction: Direction, peer: str, device: torch.device) -> dict[str, Any]:
     """peak_bytes beside inputs, and results_bytes, the part of it that is out and gradients."""
     short = replace(case, lengths=((WARMUP_LENGTH, WARMUP_LENGTH),))
-    prepared = prepare(peer, Inputs(short, device))
+    prepared = prepare(peer, Inputs.of(short, device))
     results(prepared, direction, prepared.attend)
     del prepared
-    inputs = Inputs(case, device)
+    inputs = Inputs.of(case, device)
     prepared = prepare(peer, inputs)
     before = start(device)
     found = results(prepared, direction, prepared.attend)

@@ -21,7 +21,7 @@ from .timing import Timing
 
 FIRST_USE_PEERS = ("ours", "SDPA", "flex")
 WARM_ROUNDS = 3
-FIRST_USE_CASE = Case.dense(1024, causal=True)
+FIRST_USE_CASE = Case.uniform(1024, causal=True)
 
 
 class ChildFailedError(RuntimeError):

@@ -85,7 +85,7 @@ def race(
 ) -> list[Outcome]:
     """An outcome for every peer, in their order. seconds, rounds, tick: as timing.interleaved."""
     torch.compiler.reset()  # what other cases compiled counts against the limit of recompilations
-    inputs = Inputs(case, device)
+    inputs = Inputs.of(case, device)
     references = References(inputs, direction)
     outcomes: dict[str, Outcome] = {}
     runs: dict[str, Callable[[], object]] = {}

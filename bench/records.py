@@ -82,7 +82,7 @@ def described(case: Case, direction: Direction) -> dict[str, Any]:
         },
         "useful_scores": case.useful_scores,
         "key_bytes": case.key_bytes,
-        "dtype": case.dtype,
+        "dtype": case.dtype_name,
         "direction": direction,
     }
 

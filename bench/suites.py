@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from .cases import Case, Direction
 
 FORWARD: tuple[Direction, ...] = ("forward",)
 BOTH: tuple[Direction, ...] = ("forward", "forward+backward")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU_PACKAGES = ("flash_attn", "xformers", "turing")
 SDPA_BACKENDS = ("SDPA flash", "SDPA efficient", "SDPA cuDNN", "SDPA math")
 DENSE_PEERS = ("ours", "naive", "SDPA", "flex", *GPU_PACKAGES)
@@ -42,11 +44,11 @@ def dense(quick: bool) -> list[Entry]:
     lengths = (64, 160) if quick else (512, 1024, 2048, 4096, 8192)
     dtypes = DTYPES[:2] if quick else DTYPES
     shapes = _options(dtype=dtypes, head_dim=(64,) if quick else (64, 128), causal=(False, True))
-    entries = [Entry(Case.dense(length, **options)) for options in shapes for length in lengths]
+    entries = [Entry(Case.uniform(length, **options)) for options in shapes for length in lengths]
     grouped = _options(dtype=dtypes[:1] if quick else dtypes, causal=(False, True))
     for options in grouped:
         for length in lengths[:1] if quick else (1024, 2048, 4096):
-            entries.append(Entry(Case.dense(length, nheads=32, nheads_k=8, **options)))
+            entries.append(Entry(Case.uniform(length, nheads_k=8, heads_per_key=4, **options)))
     return entries
 
 
@@ -65,11 +67,11 @@ def variants(quick: bool) -> list[Entry]:
     window = 16 if quick else 512
     entries = []
     for dtype in DTYPES[:1] if quick else DTYPES:
-        entries.append(Entry(Case.dense(long, dtype=dtype, window_size=(window, 0))))
+        entries.append(Entry(Case.uniform(long, dtype=dtype, window_size=(window, 0))))
         for causal in (False, True):
-            entries.append(Entry(Case.dense(medium, dtype=dtype, causal=causal, alibi=True)))
-            entries.append(Entry(Case.dense(medium, dtype=dtype, causal=causal, softcap=30.0)))
-        entries.append(Entry(Case.dense(short, dtype=dtype, dropout_p=0.1)))
+            entries.append(Entry(Case.uniform(medium, dtype=dtype, causal=causal, slopes="paper")))
+            entries.append(Entry(Case.uniform(medium, dtype=dtype, causal=causal, softcap=30.0)))
+        entries.append(Entry(Case.uniform(short, dtype=dtype, dropout_p=0.1)))
     return entries
 
 
@@ -83,7 +85,7 @@ def decode(quick: bool) -> list[Entry]:
     for dtype in DTYPES[:1] if quick else DTYPES[:2]:
         for cache in (100,) if quick else (1024, 4096, 16384, 65536):
             for batch in (2,) if quick else (1, 4, 16):
-                case = Case(((1, cache),) * batch, nheads=16, nheads_k=4, dtype=dtype)
+                case = Case(((1, cache),) * batch, dense=True, nheads_k=4, heads_per_key=4, dtype=dtype)
                 for page_size in (0, 32 if quick else 256):
                     entries.append(Entry(replace(case, page_size=page_size), DECODE_PEERS, FORWARD))
     return entries
@@ -96,7 +98,7 @@ def short(quick: bool) -> list[Entry]:
         for options in _options(dtype=DTYPES[:1] if quick else DTYPES):
             for length in (33,) if quick else (64, 128, 256):
                 for batch in (1,) if quick else (1, 8):
-                    case = Case.dense(length, batch, **where, **options)
+                    case = Case.uniform(length, batch, **where, **options)
                     entries.append(Entry(case, directions=BOTH if case.compiled else FORWARD))
     return entries
 
@@ -104,7 +106,7 @@ def short(quick: bool) -> list[Entry]:
 def scale(quick: bool) -> list[Entry]:
     """One causal head: the time of a useful score must not grow with the length."""
     lengths = (64, 256) if quick else (4096, 16384, 65536)
-    return [Entry(Case.dense(n, nheads=1, nheads_k=1, causal=True), ("ours", "SDPA", *GPU_PACKAGES)) for n in lengths]
+    return [Entry(Case.uniform(n, nheads_k=1, causal=True), ("ours", "SDPA", *GPU_PACKAGES)) for n in lengths]
 
 
 def published(quick: bool) -> list[Entry]:
@@ -115,7 +117,7 @@ def published(quick: bool) -> list[Entry]:
     for options in _options(head_dim=(64, 128), causal=(False, True)):
         heads = hidden // options["head_dim"]
         for n in lengths:
-            case = Case.dense(n, tokens // n, nheads=heads, nheads_k=heads, dtype="float16", **options)
+            case = Case.uniform(n, tokens // n, nheads_k=heads, dtype=torch.float16, **options)
             entries.append(Entry(case, (*DENSE_PEERS[:4], *SDPA_BACKENDS, *GPU_PACKAGES)))
     return entries
 
@@ -124,9 +126,9 @@ def memory(quick: bool) -> list[Entry]:
     """Peaks beside inputs. The last case, one head at 262,144, is the scale that a score matrix forbids."""
     lengths = (512, 1024) if quick else (1024, 2048, 4096, 8192, 16384, 32768)
     peers = ("ours", "naive", "SDPA")
-    entries = [Entry(Case.dense(n, causal=True), peers) for n in lengths]
+    entries = [Entry(Case.uniform(n, causal=True), peers) for n in lengths]
     if not quick:
-        entries.append(Entry(Case.dense(262144, nheads=1, nheads_k=1, causal=True), ("ours",), BOTH[1:]))
+        entries.append(Entry(Case.uniform(262144, nheads_k=1, causal=True), ("ours",), BOTH[1:]))
     return entries
 
 

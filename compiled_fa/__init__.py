@@ -11,6 +11,8 @@
     tuning/           the numbers that were tuned, and on which machine
     caches.py         what outlives a call, bounded
     config.py         the environment variables
+    testing/          attention problems, ways to run them, the reference, and how wrong a result may be
+    check/            `python -m compiled_fa`
     warmup.py         compiling ahead; messages.py: what people are told meanwhile
     hardware.py       what this machine's processor does well; memory.py: how its system gives memory fast
 

@@ -20,7 +20,7 @@ from bench.peers import Peer
 from bench.race import race
 from bench.suites import BOTH, RACES, memory
 from bench.timing import Timing
-from compiled_fa.check.naive import naive_attention
+from compiled_fa.testing.naive import naive_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -47,12 +47,12 @@ def test_every_peer_computes_every_quick_case(name):
 
 @pytest.mark.parametrize("layer", [False, True])
 def test_compiled_case(layer):
-    outcomes = run(Case.dense(33, compiled=True, layer=layer), "forward+backward", ("ours", "SDPA", "naive"))
+    outcomes = run(Case.uniform(33, compiled=True, layer=layer), "forward+backward", ("ours", "SDPA", "naive"))
     assert {outcome.status for outcome in outcomes.values()} == {"timed"}, outcomes
 
 
 def test_flex_with_mask_and_scores():
-    case = Case.packed([7, 30, 12], nheads=2, nheads_k=1, head_dim=16, causal=True, softcap=3.0)
+    case = Case.packed([7, 30, 12], nheads_k=1, heads_per_key=2, head_dim=16, causal=True, softcap=3.0)
     outcomes = run(case, names=("ours", "flex"))
     assert outcomes["flex"].status == "timed", outcomes["flex"]
 
@@ -84,7 +84,7 @@ def test_a_wrong_peer_is_reported_and_not_timed(monkeypatch, capsys, wrong, stat
 
     planted = Peer(lambda *_: None, lambda inputs: peers.base.dense(inputs, attend))
     monkeypatch.setitem(peers.PEERS, "SDPA", planted)
-    outcome = run(Case.dense(64), names=("ours", "SDPA"))["SDPA"]
+    outcome = run(Case.uniform(64), names=("ours", "SDPA"))["SDPA"]
     assert outcome.status == status
     assert outcome.timing is None
     assert outcome.reason
@@ -101,8 +101,8 @@ def test_wrong_gradients_alone_are_noticed(monkeypatch):
         return out.transpose(1, 2) + 0.0 * k
 
     monkeypatch.setitem(peers.PEERS, "SDPA", Peer(lambda *_: None, lambda inputs: peers.base.dense(inputs, attend)))
-    assert run(Case.dense(64), "forward", ("SDPA",))["SDPA"].status == "timed"
-    outcome = run(Case.dense(64), "forward+backward", ("SDPA",))["SDPA"]
+    assert run(Case.uniform(64), "forward", ("SDPA",))["SDPA"].status == "timed"
+    outcome = run(Case.uniform(64), "forward+backward", ("SDPA",))["SDPA"]
     assert outcome.status == "mismatch"
     assert outcome.reason.startswith("dk")
 
@@ -110,7 +110,7 @@ def test_wrong_gradients_alone_are_noticed(monkeypatch):
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_case_too_large_for_float64_is_sampled_by_its_last_rows(monkeypatch, causal):
     monkeypatch.setattr("bench.parity.LARGEST_SAMPLE", 1)
-    case = Case.dense(200, nheads=2, nheads_k=1, causal=causal)
+    case = Case.uniform(200, nheads_k=1, heads_per_key=2, causal=causal)
     for direction in BOTH:
         assert run(case, direction, ("ours", "SDPA"))["SDPA"].status == "timed"
 
@@ -118,17 +118,17 @@ def test_a_case_too_large_for_float64_is_sampled_by_its_last_rows(monkeypatch, c
 @pytest.mark.parametrize(
     "case",
     [
-        Case.dense(9),
-        Case.dense(9, causal=True),
-        Case.dense(20, window_size=(3, 0)),
-        Case.dense(20, window_size=(3, 5), nheads_k=4),
-        Case(((5, 9), (0, 3), (9, 5)), varlen=True, causal=True),
-        Case(((1, 40),) * 3, causal=True),
+        Case.uniform(9),
+        Case.uniform(9, causal=True),
+        Case.uniform(20, window_size=(3, 0)),
+        Case.uniform(20, window_size=(3, 5), nheads_k=4, heads_per_key=2),
+        Case(((5, 9), (0, 3), (9, 5)), causal=True),
+        Case(((1, 40),) * 3, dense=True, causal=True),
     ],
     ids=lambda case: case.label,
 )
 def test_useful_scores_are_those_that_the_mask_leaves(case):
-    inputs = Inputs(case, CPU)
+    inputs = Inputs.of(case, CPU)
     seen = 0
     for seqlen_q, seqlen_k in case.lengths:
         mask = inputs.visible(seqlen_q, seqlen_k)
@@ -138,8 +138,10 @@ def test_useful_scores_are_those_that_the_mask_leaves(case):
 
 def test_the_naive_peer_is_naive_attention():
     """With every feature that a case may have; the reference of parity is the other one of them."""
-    case = Case.dense(40, batch=2, nheads=4, nheads_k=2, window_size=(9, 2), softcap=2.0, alibi=True, dtype="float64")
-    inputs = Inputs(case, CPU)
+    case = Case.uniform(
+        40, 2, nheads_k=2, heads_per_key=2, window_size=(9, 2), softcap=2.0, slopes="paper", dtype=torch.float64
+    )
+    inputs = Inputs.of(case, CPU)
     q, k, v = (inputs.batched(x) for x in (inputs.q, inputs.k, inputs.v))
     expected, _ = naive_attention(q, k, v, window_size=(9, 2), softcap=2.0, alibi_slopes=inputs.alibi_slopes)
     torch.testing.assert_close(peers.PEERS["naive"].prepare(inputs).attend(q, k, v), expected)
@@ -182,7 +184,7 @@ def test_unknown_suites_are_refused(capsys):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a CPU process: Linux only")
 def test_peak_memory_of_a_process_of_its_own():
     case = replace(memory(True)[0].case, causal=False)
-    assert processes.peak_memory(replace(case, varlen=True), "forward", "naive", CPU)["status"] == "refused"
+    assert processes.peak_memory(replace(case, dense=False), "forward", "naive", CPU)["status"] == "refused"
     found = processes.peak_memory(case, "forward", "naive", CPU)
     scores = case.score_elements * 4
     assert found["status"] == "timed", found
@@ -205,7 +207,7 @@ def synthetic() -> list[dict[str, Any]]:
     found = []
     identity = records.circumstances(CPU)
     for seqlen in (512, 1024, 2048):
-        case = Case.dense(seqlen, causal=True)
+        case = Case.uniform(seqlen, causal=True)
         for direction in BOTH:
             for peer, factor in (("ours", 1.0), ("naive", 6.0)):
                 seconds = factor * case.flops(direction) / 2e11

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from support import Case, make, run_tiled
 
 from compiled_fa import flash_attn_func
-from compiled_fa.check.naive import keep_decisions
 from compiled_fa.engines.tiled import TileSizes
+from compiled_fa.testing.naive import keep_decisions
 
 SIGMAS = 6.0  # of a binomial: one false alarm in 500 million draws
 

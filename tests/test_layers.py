@@ -25,7 +25,7 @@ LAYERS = [
     {"batching"},
     {"ops", "probabilities"},
     {"interface"},
-    {"warmup"},
+    {"warmup", "testing"},
     {""},  # the package itself: what people import
     {"check"},
     {"__main__"},

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from hypothesis import given
-from support import Case, cases, check_against_float64, make, packed, run_tiled
+from support import Case, cases, check_against_float64, make, run_op, run_tiled
 
-from compiled_fa import ops
 from compiled_fa.engines.tiled import TileSizes
 
 
@@ -27,22 +26,6 @@ def test_varlen_in_many_tiles_agrees_with_float64(case):
     check_against_float64(data, run_tiled(data))
 
 
-def through_the_op(data):
-    """Results by autograd through the registered op."""
-    case = data.case
-    inputs = [x.requires_grad_() for x in (data.q, data.k, data.v)]
-    if case.dense:
-        out, lse = ops.attention(*(data.batched(x) for x in inputs), *data.options)
-        dout = data.batched(data.dout)
-    else:
-        longest = [max((pair[side] for pair in case.lengths), default=0) for side in (0, 1)]
-        out, lse = ops.varlen_attention(*inputs, *data.cu_seqlens, *longest, None, *data.options)
-        dout = data.dout
-    gradients = torch.autograd.grad((out, lse), inputs, (dout, data.per_row(data.dlse)))
-    named = packed(data, (out, lse, data.q, data.k, data.v)) if case.dense else {"out": out, "lse": lse}
-    return {"out": named["out"], "lse": named["lse"], **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
-
-
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "varlen"])
 @pytest.mark.parametrize(
     "options",
@@ -59,7 +42,7 @@ def through_the_op(data):
 def test_op_and_autograd_agree_with_float64(dense, options, dtype):
     lengths = ((67, 41),) * 2 if dense else ((67, 41), (0, 9), (5, 0), (1, 90), (33, 33))
     data = make(Case(lengths, dense, heads_per_key=2, head_dim_v=12, dtype=dtype, **options))
-    check_against_float64(data, through_the_op(data))
+    check_against_float64(data, run_op(data))
 
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(1, 1), (80, 96), (192, 128), (256, 256), (512, 512)])

@@ -19,7 +19,7 @@ def _on_gpu(module: str, case: Case, device_type: str, dtypes: tuple[str, ...]) 
         return reason
     if device_type != "cuda":
         return "CUDA devices only"
-    return None if case.dtype in dtypes else f"not in {case.dtype}"
+    return None if case.dtype_name in dtypes else f"not in {case.dtype_name}"
 
 
 def _refuse_flash_attn(case: Case, direction: Direction, device_type: str) -> str | None:
@@ -37,8 +37,9 @@ def _prepare_flash_attn(inputs: Inputs) -> Prepared:
     options: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size, "softcap": case.softcap}
     options["alibi_slopes"] = inputs.alibi_slopes
     if case.varlen:
-        packing = inputs.cu_seqlens_q, inputs.cu_seqlens_k, case.max_seqlen_q, case.max_seqlen_k
-        return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *packing, case.dropout_p, **options))
+        return packed(
+            inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *inputs.packing, case.dropout_p, **options)
+        )
     checked = (lambda q, k, v: flash_attn_func(q, k, v, **options)) if case.dropout_p else None
     return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, case.dropout_p, **options), checked)
 
@@ -87,8 +88,7 @@ def _prepare_turing(inputs: Inputs) -> Prepared:
 
     case = inputs.case
     if case.varlen:
-        packing = inputs.cu_seqlens_q, inputs.cu_seqlens_k, case.max_seqlen_q, case.max_seqlen_k
-        return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *packing, case.causal))
+        return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *inputs.packing, case.causal))
     return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, case.causal))
 
 

@@ -14,7 +14,7 @@ LARGEST_SCORES = 1 << 30  # bytes of a score matrix; a backward holds several
 def _refusal(case: Case, direction: Direction, device_type: str) -> str | None:
     if case.varlen:
         return "dense only"
-    if case.score_elements * getattr(torch, case.dtype).itemsize > LARGEST_SCORES:
+    if case.score_elements * case.dtype.itemsize > LARGEST_SCORES:
         return "its score matrix is too large"
     return None
 

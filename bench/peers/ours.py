@@ -42,7 +42,7 @@ def _dense(inputs: Inputs) -> Prepared:
     case, options = inputs.case, _options(inputs)
     if not case.dropout_p:
         return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, **options))
-    seed = torch.tensor([2026], device=inputs.device)
+    seed = inputs.dropout_seed
 
     def checked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The op below flash_attn_func, which would draw a seed that nobody knows."""
@@ -57,32 +57,20 @@ def _dense(inputs: Inputs) -> Prepared:
 
 
 def _varlen(inputs: Inputs) -> Prepared:
-    case, options = inputs.case, _options(inputs)
-    packing = inputs.cu_seqlens_q, inputs.cu_seqlens_k, case.max_seqlen_q, case.max_seqlen_k
-    return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *packing, **options))
+    options = _options(inputs)
+    return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *inputs.packing, **options))
 
 
 def _paged(inputs: Inputs) -> Prepared:
     """Keys and values in pages that lie in random order, as in a cache that has been in use for a while."""
-    case, options = inputs.case, _options(inputs)
-    pages = -(-case.max_seqlen_k // case.page_size)
-    generator = torch.Generator(inputs.device).manual_seed(0)
-    order = torch.randperm(case.batch * pages, generator=generator, device=inputs.device)
-    block_table = order.to(torch.int32).view(case.batch, pages)
-
-    def cache(rows: Tensor) -> Tensor:
-        padded = rows.new_zeros(case.batch, pages * case.page_size, *rows.shape[1:])
-        padded[:, : case.max_seqlen_k] = inputs.batched(rows)
-        blocks = padded.view(-1, case.page_size, *rows.shape[1:])
-        return torch.empty_like(blocks).index_copy_(0, order, blocks)
-
-    packing = inputs.cu_seqlens_q, inputs.cu_seqlens_k, case.max_seqlen_q, case.max_seqlen_k
-    leaves = inputs.q, cache(inputs.k), cache(inputs.v)
+    options = _options(inputs)
+    k, v, block_table = inputs.pages()
+    block_table = block_table[:, :-1].contiguous()  # lengths are alike: only the last column names no pages
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attn_varlen_func(q, k, v, *packing, **options, block_table=block_table)
+        return flash_attn_varlen_func(q, k, v, *inputs.packing, **options, block_table=block_table)
 
-    return Prepared(leaves, attend, inputs.dout, lambda out: out)
+    return Prepared((inputs.q, k, v), attend, inputs.dout, lambda out: out)
 
 
 def _prepare_dense(inputs: Inputs) -> Prepared:

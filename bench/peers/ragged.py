@@ -26,7 +26,7 @@ def _no_features(case: Case) -> str | None:
 
 def _refuse_padded(case: Case, direction: Direction, device_type: str) -> str | None:
     rows = case.batch * case.max_seqlen_q
-    itemsize = getattr(torch, case.dtype).itemsize
+    itemsize = case.dtype.itemsize
     largest = max(rows * case.nheads * case.head_dim * itemsize, rows * case.max_seqlen_k if case.causal else 0)
     return _no_features(case) or ("its padded batch would be too large" if largest > LARGEST_PADDED else None)
 

@@ -22,7 +22,7 @@ def _refusal(case: Case, direction: Direction, device_type: str) -> str | None:
     if case.softcap:
         return "has no softcap"
     seqlen_q, seqlen_k = case.lengths[0]
-    itemsize = getattr(torch, case.dtype).itemsize
+    itemsize = case.dtype.itemsize
     if case.alibi and case.nheads * seqlen_q * seqlen_k * itemsize > LARGEST_MASK:
         return "its bias would be too large"
     if not _plain(case) and seqlen_q * seqlen_k > LARGEST_MASK:

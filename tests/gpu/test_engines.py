@@ -1,10 +1,8 @@
 """Both engines on the device against float64: forward, gradients, every dtype; models, CUDA graphs, no host sync."""
 
-import dataclasses
-
 import pytest
 import torch
-from support import Case, check_against_float64, cumulative, make, packed
+from support import Case, check_against_float64, cumulative, make, run_engine
 from torch.utils.checkpoint import checkpoint
 
 from compiled_fa import flash_attn_func, flash_attn_varlen_func, use_engine
@@ -28,21 +26,8 @@ LENGTHS = {
 
 
 def run_on(device, engine, data):
-    """Results of an engine on the device, on the CPU and packed."""
-
-    def there(x):
-        return x.to(device) if isinstance(x, torch.Tensor) else x
-
-    problem = data.problem()
-    moved = {field.name: there(getattr(problem, field.name)) for field in dataclasses.fields(problem)}
-    if problem.packed is not None:
-        fields = dataclasses.fields(problem.packed)
-        moved["packed"] = type(problem.packed)(**{f.name: there(getattr(problem.packed, f.name)) for f in fields})
-    problem = type(problem)(**moved)
-    out, lse = engine.forward(problem)
-    dout = there(data.batched(data.dout) if data.case.dense else data.dout)
-    gradients = engine.backward(problem, dout, out, lse, there(data.per_row(data.dlse)))
-    return packed(data, tuple(x.cpu() for x in (out, lse, *gradients)))
+    """Results of an engine on the device, brought back to the CPU."""
+    return {name: x.cpu() for name, x in run_engine(engine, data.to(device)).items()}
 
 
 @pytest.mark.parametrize("engine", [fused, tiled], ids=["fused", "tiled"])

@@ -14,6 +14,28 @@ from torch import Tensor
 from ..scores import Dropout
 
 
+def key_positions(seqlen_q: int, seqlen_k: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Where queries stand among the keys, (Sq, 1), and the keys, (Sk,): the last query at the last key."""
+    return (
+        torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q,
+        torch.arange(seqlen_k, device=device),
+    )
+
+
+def visible_keys(
+    seqlen_q: int, seqlen_k: int, causal: bool, window_size: tuple[int, int], device: torch.device | None = None
+) -> Tensor:
+    """bool (Sq, Sk): which keys a query sees."""
+    position, key = key_positions(seqlen_q, seqlen_k, device)
+    left, right = window_size
+    seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    if left >= 0:
+        seen &= key >= position - left
+    if right >= 0 or causal:
+        seen &= key <= position + (0 if causal else right)
+    return seen
+
+
 def naive_attention(
     q: Tensor,
     k: Tensor,
@@ -37,18 +59,11 @@ def naive_attention(
     scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k)
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(seqlen_q, device=q.device)[:, None] + seqlen_k - seqlen_q
-    key = torch.arange(seqlen_k, device=q.device)
     if alibi_slopes is not None:
-        distance = (position - key).abs()
+        position, key = key_positions(seqlen_q, seqlen_k, q.device)
         slopes = alibi_slopes.to(torch.promote_types(scores.dtype, alibi_slopes.dtype))
-        scores = scores - (slopes[..., None, None] * distance).to(scores.dtype)
-    left, right = window_size
-    hidden = torch.zeros(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
-    if left >= 0:
-        hidden |= key < position - left
-    if right >= 0 or causal:
-        hidden |= key > position + (0 if causal else right)
+        scores = scores - (slopes[..., None, None] * (position - key).abs()).to(scores.dtype)
+    hidden = ~visible_keys(seqlen_q, seqlen_k, causal, window_size, q.device)
     scores = scores.masked_fill(hidden, -math.inf)
     lse = torch.logsumexp(scores, -1) if seqlen_k else scores.new_full(scores.shape[:-1], -math.inf)
     probs = torch.softmax(scores, -1).masked_fill(hidden, 0.0)  # rows without a key are nan before
@@ -57,11 +72,22 @@ def naive_attention(
     return torch.einsum("bhqk,bkhd->bqhd", probs, v), lse
 
 
-def keep_decisions(seed: Tensor, dropout_p: float, batch: int, nheads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
-    """bool (batch, nheads, seqlen_q, seqlen_k): the probabilities that dropout keeps under this seed."""
-    sizes = (batch, nheads, seqlen_q, seqlen_k)
+def keep_decisions(
+    seed: Tensor,
+    dropout_p: float,
+    batch: int,
+    nheads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    first: tuple[int, int, int] = (0, 0, 0),
+) -> Tensor:
+    """bool (batch, nheads, seqlen_q, seqlen_k): the probabilities that dropout keeps under this seed.
+
+    first: numbers of the first sequence, head and query.
+    """
+    starts, sizes = (*first, 0), (batch, nheads, seqlen_q, seqlen_k)
     indices = [
-        torch.arange(size, dtype=torch.int32, device=seed.device).view(-1, *[1] * (3 - at))
-        for at, size in enumerate(sizes)
+        torch.arange(start, start + size, dtype=torch.int32, device=seed.device).view(-1, *[1] * (3 - at))
+        for at, (start, size) in enumerate(zip(starts, sizes, strict=True))
     ]
     return Dropout.of(dropout_p, seed).keep(*indices)
