@@ -30,7 +30,7 @@ def test_every_example_is_known():
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_and_is_right(example):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("COMPILED_FA_COMPILE", None)  # as people have it; what is compiled stays in Inductor's cache on disk
+    environment.pop("COMPILED_FA_COMPILE", None)  # as people have it; Inductor's cache on disk is shared
     done = subprocess.run(
         [sys.executable, example], env=environment, capture_output=True, encoding="utf-8", check=False
     )
