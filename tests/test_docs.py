@@ -132,7 +132,8 @@ def test_commands_are_found():
         "python -m compiled_fa",
         "python -m bench",
         "python -m pytest",
-        "python tools/train_gpt.py --plot",
+        "python -m venv",
+        "pip install -c",
     } <= programs
 
 
@@ -141,7 +142,12 @@ def program_of(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
     return (["-m", words[2]], list(words[3:])) if words[1] == "-m" else ([words[1]], list(words[2:]))
 
 
-def help_of(program: list[str], arguments: list[str], monkeypatch: Any, capsys: Any) -> str:
+def help_of(
+    program: list[str],
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
     """What the program says to --help, in this process: torch is imported already."""
     sub = ["plot"] if program[-1] == "bench" and arguments[:1] == ["plot"] else []
     monkeypatch.setattr(sys, "argv", [program[-1], *sub, "--help"])
