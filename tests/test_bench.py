@@ -20,6 +20,7 @@ from bench.cases import Case, Inputs
 from bench.peers import Peer
 from bench.race import race
 from bench.suites import BOTH, RACES, memory
+from bench.themes import THEMES
 from bench.timing import Timing
 from compiled_fa.check.naive import naive_attention
 
@@ -271,7 +272,7 @@ def test_plot_of_ratios(tmp_path):
     folder = tmp_path / "figures"
     assert plot.main([str(write(tmp_path / "records.jsonl", [*lines, refused])), "--output", str(folder)]) == 0
     figures = ("decode", "overview", "short", "variants", "varlen")
-    assert {path.name for path in folder.iterdir()} == {f"{f}-{theme}.svg" for f in figures for theme in plot.THEMES}
+    assert {path.name for path in folder.iterdir()} == {f"{f}-{theme}.svg" for f in figures for theme in THEMES}
     overview = texts(folder / "overview-light.svg")
     places = [
         overview.index(label) for label in ("forward + backward", "dense, causal, 2,048 tokens", "64 tokens, eager")
@@ -293,8 +294,8 @@ def test_plots_are_the_same_again_and_differ_by_theme_in_colours_alone(tmp_path)
     ]
     light, dark = (first / f"dense_B1_H8_D64_tflops-{theme}.svg" for theme in ("light", "dark"))
     assert texts(light) == texts(dark)
-    assert plot.THEMES["light"].text in light.read_text()
-    assert plot.THEMES["light"].text not in dark.read_text()
+    assert THEMES["light"].text in light.read_text()
+    assert THEMES["light"].text not in dark.read_text()
 
 
 def test_plot_refuses_what_does_not_compare_and_says_when_there_is_nothing(tmp_path, capsys):
