@@ -24,7 +24,7 @@ RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
 published (the shapes of flash-attention's README, for a GPU), memory (peaks, each in a process of its own), compile
 (first use in a new process, cache cold and warm).
-`python -m bench plot [FILE ...]` draws the results. Without --quick the whole takes hours on two cores."""
+`python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
 """The suites: which cases, in which directions, against whom. Every case comes small too, for --quick.
 
-The cases are those of which README.md and bench/NOTES.md speak, so that their ratios can be read off the tables.
+The cases are those of which docs/benchmarks.md and bench/NOTES.md speak: their ratios can be read off the tables.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from bench.cases import Case, Inputs
 from bench.peers import Peer
 from bench.race import race
 from bench.suites import BOTH, RACES, memory
+from bench.themes import THEMES
 from bench.timing import Timing
 from compiled_fa.testing.naive import naive_attention
 
@@ -218,19 +220,100 @@ def synthetic() -> list[dict[str, Any]]:
     return found
 
 
-def test_plot_writes_png_and_svg_of_time_tflops_and_memory(tmp_path, capsys):
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in [{"command": "python -m bench"}, *lines]))
+    return path
+
+
+def texts(svg: Path) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg.read_text())
+
+
+def test_plot_of_what_grows_with_the_length(tmp_path):
     pytest.importorskip("matplotlib")
-    file = tmp_path / "records.jsonl"
-    with_command = [{"command": "python -m bench"}, *synthetic()]
-    file.write_text("".join(json.dumps(line) + "\n" for line in with_command))
-    assert plot.main([str(file), "--output", str(tmp_path / "figures")]) == 0
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
-    shape = "B1_H8_D64_causal"
-    stems = (f"dense_{shape}_time", f"dense_{shape}_tflops", f"memory_{shape}_memory")
-    assert names == {stem + kind for stem in stems for kind in (".png", ".svg")}
-    svg = (tmp_path / "figures" / f"dense_{shape}_time.svg").read_text()
-    assert all(text in svg for text in ("sequence length", "time (ms)", "ours", "naive", "forward+backward, fp32"))
-    assert plot.main([str(file), "--output", str(tmp_path / "figures")]) == 0  # again, over what is there
+    file, folder = write(tmp_path / "records.jsonl", synthetic()), tmp_path / "figures"
+    arguments = [str(file), "--output", str(folder), "--png", "--quantity", "time", "tflops", "memory"]
+    assert plot.main(arguments) == 0
+    stems = [f"{name}_B1_H8_D64_{quantity}" for name, quantity in (("dense", "time"), ("dense", "tflops"))]
+    stems.append("memory_B1_H8_D64_memory")
+    names = {f"{stem}-{theme}{kind}" for stem in stems for theme in ("light", "dark") for kind in (".svg", ".png")}
+    assert {path.name for path in folder.iterdir()} == names
+    found = texts(folder / f"{stems[0]}-light.svg")
+    expected = {
+        "sequence length",
+        "time (ms)",
+        "ours, causal",
+        "naive, causal",
+        "forward + backward, fp32",
+        "512",
+        "2k",
+    }
+    assert expected <= set(found)
+    assert "ours" not in found  # all cases are causal
+
+
+def test_plot_of_ratios(tmp_path):
+    """Numbers beside the dots are ours / peer, in the overview in the order of its lines."""
+    pytest.importorskip("matplotlib")
+    packed = [5, 7]
+    cases = [
+        ("dense", Case.dense(2048, causal=True), "SDPA", 0.25),
+        ("short", Case.dense(64, compiled=True), "SDPA", 1.75),
+        ("short", Case.dense(64), "SDPA", 1.5),
+        ("varlen", Case.packed(packed), "SDPA loop", 0.125),
+        ("variants", Case.dense(96, softcap=30.0), "naive", 0.375),
+        ("decode", Case(((1, 1024),), nheads=16, nheads_k=4), "SDPA", 2.25),
+    ]
+    lines = []
+    for suite, case, peer, ratio in cases:
+        direction = "forward+backward" if suite == "dense" else "forward"
+        common = records.circumstances(CPU) | records.described(case, direction) | {"suite": suite, "status": "timed"}
+        for name, seconds in (("ours", ratio), (peer, 1.0)):
+            lines.append(common | {"peer": name, "median_s": seconds, "iqr_s": 0.0, "tflops": 1.0})
+    refused = lines[0] | {"case": "B1 N64 H8 D64 bf16", "suite": "short", "peer": "SDPA", "status": "refused"}
+    folder = tmp_path / "figures"
+    assert plot.main([str(write(tmp_path / "records.jsonl", [*lines, refused])), "--output", str(folder)]) == 0
+    figures = ("decode", "overview", "short", "variants", "varlen")
+    assert {path.name for path in folder.iterdir()} == {f"{f}-{theme}.svg" for f in figures for theme in THEMES}
+    overview = texts(folder / "overview-light.svg")
+    places = [
+        overview.index(label) for label in ("forward + backward", "dense, causal, 2,048 tokens", "64 tokens, eager")
+    ]
+    assert places == sorted(places)
+    assert [text for text in overview if re.fullmatch(r"\d\.\d\d", text)][-4:] == ["0.25", "2.25", "1.75", "1.50"]
+    assert "fp32" in overview
+    assert {"0.12", "/ SDPA in a loop", "2 sequences of 5 to 7"} <= set(texts(folder / "varlen-dark.svg"))
+    assert {"0.38", "/ naive attention", "softcap 30"} <= set(texts(folder / "variants-dark.svg"))
+
+
+def test_plots_are_the_same_again_and_differ_by_theme_in_colours_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = write(tmp_path / "records.jsonl", synthetic())
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert [plot.main([str(file), "--output", str(folder)]) for folder in (first, second)] == [0, 0]
+    assert [path.read_bytes() for path in sorted(first.iterdir())] == [
+        path.read_bytes() for path in sorted(second.iterdir())
+    ]
+    light, dark = (first / f"dense_B1_H8_D64_tflops-{theme}.svg" for theme in ("light", "dark"))
+    assert texts(light) == texts(dark)
+    assert THEMES["light"].text in light.read_text()
+    assert THEMES["light"].text not in dark.read_text()
+
+
+def test_plot_refuses_what_does_not_compare_and_says_when_there_is_nothing(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    lines = synthetic()
+    file = write(tmp_path / "mixed.jsonl", [*lines, lines[0] | {"machine": "another"}])
+    with pytest.raises(SystemExit):
+        plot.main([str(file), "--output", str(tmp_path / "figures")])
+    assert "one machine at a time" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path / "missing.jsonl")])
+    assert "no such file" in capsys.readouterr().err
+    for few in ([], lines[:1]):
+        assert plot.main([str(write(tmp_path / "few.jsonl", few)), "--output", str(tmp_path / "figures")]) == 1
+        assert "nothing to draw" in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()
 
 
 def test_plot_without_matplotlib_names_the_extra(monkeypatch, capsys):

@@ -1,0 +1,52 @@
+"""examples/: each runs as people run it and finds itself right, and notices an attention that is wrong."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compiled_fa
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# The function that each example is about.
+FUNCTIONS = {
+    "packed_batch": "flash_attn_varlen_qkvpacked_func",
+    "paged_decoding": "flash_attn_varlen_func",
+    "train_compiled": "flash_attn_func",
+}
+
+
+def test_every_example_is_known():
+    assert [path.stem for path in EXAMPLES] == sorted(FUNCTIONS)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs_and_is_right(example):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("COMPILED_FA_COMPILE", None)  # as people have it; Inductor's cache on disk is shared
+    done = subprocess.run(
+        [sys.executable, example], env=environment, capture_output=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].endswith("right")
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_notices_a_wrong_attention(example, monkeypatch, capsys):
+    name = FUNCTIONS[example.stem]
+    right = getattr(compiled_fa, name)
+
+    def wrong(q: Any, *arguments: Any, **options: Any) -> Any:
+        return right(1.03 * q, *arguments, **options)
+
+    monkeypatch.setattr(compiled_fa, name, wrong)
+    program = runpy.run_path(str(example))
+    assert program["main"]() == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("WRONG")
