@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import batching, engines, lowering, validation
+from . import batching, engines, forward_mode, lowering, validation
 from .problem import Packed, Problem
 
 DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim")
@@ -157,3 +157,4 @@ varlen_attention, varlen_attention_backward = _define("varlen_attention", f"{PAC
 batching.register(attention, tensors=3)
 batching.register(attention_backward, tensors=7)
 batching.refuse(varlen_attention, varlen_attention_backward)
+forward_mode.refuse(attention, attention_backward, varlen_attention, varlen_attention_backward)
