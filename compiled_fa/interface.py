@@ -36,6 +36,8 @@ def flash_attn_func(
 ) -> Result:
     """softmax(softmax_scale · q kᵀ) v for every head, in memory linear in the lengths.
 
+    Differentiable once, in q, k and v, in reverse mode or in forward mode (torch.func.jvp, jacfwd, linearize).
+
     Causal and window are aligned to the bottom right: the last query stands at the last key.
 
         causal, Sq = 2, Sk = 5: 1 1 1 1 0     causal, Sq = 5, Sk = 2: 0 0     (rows without a key give out 0, lse -inf)
