@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 
@@ -26,6 +27,20 @@ def register(op: Any, tensors: int) -> None:
                 folded[at] = argument.repeat(size, 1)
         outputs = op(*folded)
         return tuple(output.unflatten(0, (size, -1)) for output in outputs), (0,) * len(outputs)
+
+    op.register_vmap(rule)
+
+
+def one_by_one(op: Any) -> None:
+    """Batching rule of an op that is mapped over so much else (jacfwd: once for each input) that a loop is no loss."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        pairs = list(zip(arguments, in_dims, strict=True))
+        calls = [
+            op(*(argument if dim is None else argument.select(dim, at) for argument, dim in pairs))
+            for at in range(info.batch_size)
+        ]
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
 
     op.register_vmap(rule)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import engines, ops, validation
+from . import engines, ops, seed, validation
 from .probabilities import dense_probabilities, varlen_probabilities
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor | None]
@@ -35,6 +35,8 @@ def flash_attn_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """softmax(softmax_scale · q kᵀ) v for every head, in memory linear in the lengths.
+
+    Differentiable once, in q, k and v, in reverse mode or in forward mode (torch.func.jvp, jacfwd, linearize).
 
     Causal and window are aligned to the bottom right: the last query stands at the last key.
 
@@ -72,7 +74,7 @@ def flash_attn_func(
     """
     _check_tensors(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
-    options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     out: Tensor
     lse: Tensor
     out, lse = ops.attention(q, k, v, *options, engines.requested())
@@ -180,7 +182,7 @@ def flash_attn_varlen_func(
         _length("max_seqlen_k", max_seqlen_k, k.shape[0] * k.shape[1] if paged else k.shape[0]),
         block_table,
     )
-    options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     out: Tensor
     lse: Tensor
     out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
@@ -306,6 +308,8 @@ def _length(argument: str, length: int | Tensor, total: int) -> int:
 
 def _options(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -320,5 +324,5 @@ def _options(
         _check_tensors(alibi_slopes=alibi_slopes)
     if dropout_p < NO_DROPOUT:
         dropout_p = 0.0
-    seed = torch.randint(2**62, (1,), device=q.device, dtype=torch.int64) if dropout_p else None
-    return softmax_scale, causal, left, right, softcap or 0.0, alibi_slopes, dropout_p, seed
+    dropout_seed = seed.drawn(q, k, v) if dropout_p else None
+    return softmax_scale, causal, left, right, softcap or 0.0, alibi_slopes, dropout_p, dropout_seed

@@ -1,13 +1,14 @@
 """The ops `torch.ops.compiled_fa.*`: what torch.compile, torch.export and autograd see of us.
 
-    attention         attention_backward            q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv)
-    varlen_attention  varlen_attention_backward     the same with (T, ., .) in place of (B, S, ., .), and cu_seqlens
+    attention         attention_backward         attention_jvp           q (B, Sq, H, D), k (B, Sk, Hk, D), ...
+    varlen_attention  varlen_attention_backward  varlen_attention_jvp    q (Tq, H, D), ..., and cu_seqlens
 
     out, lse = torch.ops.compiled_fa.attention(q, k, v, causal=True)
 
 out is shaped as q with v's head_dim; lse is a natural logarithm in fp32 (fp64 for fp64 inputs), (B, H, Sq) or (H, Tq).
 Each op has a schema, a kernel that checks its arguments and hands a `Problem` to an engine, a fake kernel, and a rule
-for Inductor's graphs (lowering.py). The forward ops differentiate in q, k and v, through out and through lse; to
+for Inductor's graphs (lowering.py). The forward ops differentiate in q, k and v, through out and through lse: in
+reverse mode by the backward ops, in forward mode (forward_mode.py) by the jvp ops, which tangent.py computes. To
 differentiate twice is refused.
 
 B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of q, k and of v, T total tokens.
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import batching, engines, validation
+from . import batching, engines, forward_mode, tangent, validation
 from .inductor import lowering
 from .problem import Packed, Problem
 
@@ -68,11 +69,11 @@ def _check_values(problem: Problem) -> None:
 
 
 def _double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
-    raise RuntimeError("compiled_fa attention can be differentiated once, not twice: its backward has no backward")
+    raise RuntimeError("compiled_fa attention can be differentiated once, not twice: its derivatives have none")
 
 
-def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any, Any]:
-    """Register compiled_fa::{name} and compiled_fa::{name}_backward.
+def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any, Any, Any]:
+    """Register compiled_fa::{name}, {name}_backward and {name}_jvp.
 
     parameters: the schema's after q, k, v. make_problem: (q, k, v, *parameters) -> a checked problem and an engine.
     """
@@ -80,6 +81,11 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     backward_schema = (
         "(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
         f"{parameters}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    )
+
+    jvp_schema = (
+        "(Tensor q, Tensor k, Tensor v, Tensor q_tangent, Tensor k_tangent, Tensor v_tangent, Tensor out, Tensor lse, "
+        f"{parameters}) -> (Tensor out_tangent, Tensor lse_tangent)"
     )
 
     @torch.library.custom_op(f"compiled_fa::{name}", mutates_args=(), schema=forward_schema, tags=STRIDES)
@@ -117,6 +123,30 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         q, k, v = arguments[:3]
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
+    @torch.library.custom_op(f"compiled_fa::{name}_jvp", mutates_args=(), schema=jvp_schema, tags=STRIDES)
+    def jvp(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_tangent: Tensor,
+        k_tangent: Tensor,
+        v_tangent: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *arguments: Any,
+    ) -> tuple[Tensor, Tensor]:
+        problem, _ = make_problem(q, k, v, *arguments)
+        validation.jvp(problem, q_tangent, k_tangent, v_tangent, out, lse)
+        _check_values(problem)
+        return tangent.tangents(problem, q_tangent, k_tangent, v_tangent, out, lse)
+
+    @jvp.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        problem, _ = make_problem(q, k, v, *arguments[5:])
+        validation.jvp(problem, *arguments[:5])
+        out, lse = arguments[3:5]
+        return out.new_empty(out.shape), lse.new_empty(lse.shape)
+
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)
         tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
@@ -149,12 +179,19 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     lowering.register(backward, backward_in_graph)
     forward.register_autograd(differentiate, setup_context=save)
     backward.register_autograd(_double_backward)
-    return forward, backward
+    jvp.register_autograd(_double_backward)
+    forward_mode.register(forward, jvp)
+    forward_mode.refuse(backward, jvp)
+    return forward, backward, jvp
 
 
-attention, attention_backward = _define("attention", OPTIONS, _dense_problem)
-varlen_attention, varlen_attention_backward = _define("varlen_attention", f"{PACKING}, {OPTIONS}", _packed_problem)
+attention, attention_backward, attention_jvp = _define("attention", OPTIONS, _dense_problem)
+varlen_attention, varlen_attention_backward, varlen_attention_jvp = _define(
+    "varlen_attention", f"{PACKING}, {OPTIONS}", _packed_problem
+)
 
 batching.register(attention, tensors=3)
 batching.register(attention_backward, tensors=7)
+batching.register(attention_jvp, tensors=8)
 batching.refuse(varlen_attention, varlen_attention_backward)
+batching.one_by_one(varlen_attention_jvp)

@@ -195,17 +195,46 @@ def _lengths(argument: str, sums: list[int], name_of_bound: str, bound: int) -> 
     return longest
 
 
+def _given(problem: Problem, argument: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A result of the call that a derivative is taken of, or a derivative."""
+    if tuple(given.shape) != shape:
+        refuse(argument, f"of shape {shape}", tuple(given.shape))
+    if given.dtype != dtype:
+        refuse(
+            argument,
+            f"of q's dtype, {dtype}" if dtype == problem.q.dtype else f"of dtype {dtype}",
+            given.dtype,
+            TypeError,
+        )
+    if given.device != problem.q.device:
+        refuse(argument, f"on q's device, {problem.q.device}", given.device)
+
+
+def _results(problem: Problem, like_out: dict[str, Tensor], like_lse: dict[str, Tensor | None]) -> None:
+    q, v = problem.q, problem.v
+    for argument, given in like_out.items():
+        _given(problem, argument, given, (*q.shape[:-1], v.shape[-1]), q.dtype)
+    for argument, one_per_row in like_lse.items():
+        if one_per_row is not None:
+            _given(problem, argument, one_per_row, (*q.shape[:-3], q.shape[-2], q.shape[-3]), problem.lse_dtype)
+
+
 def backward(problem: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """What a backward op is given besides its forward's arguments."""
     if problem.packed is not None and problem.packed.block_table is not None:
         raise RuntimeError("attention with a block_table is forward only: paged keys and values have no gradient")
-    q = problem.q
-    for argument, given in (("dout", dout), ("out", out)):
-        if tuple(given.shape) != (*q.shape[:-1], problem.v.shape[-1]):
-            refuse(argument, f"of shape {(*q.shape[:-1], problem.v.shape[-1])}", tuple(given.shape))
-        if given.dtype != q.dtype:
-            refuse(argument, f"of q's dtype, {q.dtype}", given.dtype, TypeError)
-    per_row = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    for argument, one_per_row in (("lse", lse), ("dlse", dlse)):
-        if one_per_row is not None and tuple(one_per_row.shape) != per_row:
-            refuse(argument, f"of shape {per_row}", tuple(one_per_row.shape))
+    _results(problem, {"dout": dout, "out": out}, {"lse": lse, "dlse": dlse})
+
+
+def jvp(problem: Problem, q_tangent: Tensor, k_tangent: Tensor, v_tangent: Tensor, out: Tensor, lse: Tensor) -> None:
+    """What a jvp op is given besides its forward's arguments."""
+    if problem.packed is not None and problem.packed.block_table is not None:
+        raise NotImplementedError("attention with a block_table does not support forward-mode AD")
+    tangents = {
+        "q_tangent": (q_tangent, problem.q),
+        "k_tangent": (k_tangent, problem.k),
+        "v_tangent": (v_tangent, problem.v),
+    }
+    for argument, (tangent, primal) in tangents.items():
+        _given(problem, argument, tangent, tuple(primal.shape), primal.dtype)
+    _results(problem, {"out": out}, {"lse": lse})

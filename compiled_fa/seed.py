@@ -1,0 +1,81 @@
+"""The seed of a call's dropout, drawn from the generator of its device: torch.manual_seed governs it.
+
+Backward needs the seed that forward drew. A compiled graph saves it, unless it is told to recompute what it could save:
+at an activation memory budget of 0 it saves nothing but its inputs. What holds even there is activation checkpointing,
+where the state of the generator is saved, and set again to recompute a random op.
+
+Private API: settings of torch._functorch.config, the key of a region's budget in torch.fx.traceback, and
+torch._C._functorch.peek_interpreter_stack, tried with torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import checkpoint
+
+SEEDS = 2**62
+
+
+def drawn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """int64 (1,), for a call with these inputs."""
+    device = q.device
+    if torch.compiler.is_exporting():
+        return torch.randint(SEEDS, (1,), device=device, dtype=torch.int64)
+    if torch.compiler.is_dynamo_compiling():
+        if _recomputes() or _in_a_region_that_recomputes():
+            return _recomputable(device, q.requires_grad or k.requires_grad or v.requires_grad)
+    elif get_proxy_mode() is not None and _recomputes():
+        raise NotImplementedError(
+            "dropout_p must be 0 where AOTAutograd traces without torch.compile and recomputes activations: the seed "
+            "would be drawn again, and backward would drop other probabilities"
+        )
+    return torch.randint(SEEDS, (1,), device=device, dtype=torch.int64)
+
+
+def _recomputes() -> bool:
+    """May the partitioner recompute random numbers?"""
+    return (
+        functorch_config.activation_memory_budget != 1.0
+        or functorch_config.aggressive_recomputation
+        or not functorch_config.ban_recompute_not_in_allowlist
+    )
+
+
+def _in_a_region_that_recomputes() -> bool:
+    """Inside torch.autograd.graph.region_activation_memory_budget, which only marks what is traced."""
+    marks = traceback.current_meta.get("custom") or {}
+    return bool(marks.get("_region_activation_memory_budget", 1.0) != 1.0)
+
+
+def _in_a_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Asked while tracing: the answer is one for the whole graph.
+torch.compiler.assume_constant_result(_in_a_region_that_recomputes)
+torch.compiler.assume_constant_result(_in_a_transform)
+
+
+def _recomputable(device: torch.device, requires_grad: bool) -> Tensor:
+    """By an op that Inductor leaves alone: its own randint has a seed from outside of the checkpointed region.
+
+    With or without gradients it draws the same, for checkpointing that runs forward without, and again with them.
+    """
+    if _in_a_transform():
+        raise NotImplementedError(
+            "dropout_p must be 0 in a torch.func transform in compiled code that recomputes activations "
+            "(torch._functorch.config.activation_memory_budget)"
+        )
+    if not (requires_grad and torch.is_grad_enabled()):
+        return _random(device)
+    seed: Tensor = checkpoint(_random, device, use_reentrant=False)
+    return seed
+
+
+def _random(device: torch.device) -> Tensor:
+    seed: Tensor = torch.ops.aten.random.to(torch.empty(1, device=device, dtype=torch.int64), SEEDS)
+    return seed
