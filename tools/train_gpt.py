@@ -1,8 +1,8 @@
 """Train a small byte-level GPT with one attention after another, and compare their losses step by step.
 
-    python tools/train_gpt.py                                       # compiled_fa, SDPA, explicit softmax; README.md
-    python tools/train_gpt.py --text book.txt --plot losses.png
-    python tools/train_gpt.py --text book.txt --attention compiled_fa --steps 2000 --positions rotary --kv-heads 2
+    python -m tools.train_gpt                                       # compiled_fa, SDPA, explicit softmax; README.md
+    python -m tools.train_gpt --text book.txt --plot losses.png
+    python -m tools.train_gpt --text book.txt --attention compiled_fa --steps 2000 --positions rotary --kv-heads 2
 
 Model and loss are one graph: torch.compile(fullgraph=True). Every attention starts from the same weights and reads the
 same bytes in the same order, so that its losses may differ from the others' by float noise only; exit status 1 if
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_gpt import ATTENTIONS, GPT, Shape, next_byte_loss, sample
 from torch import Tensor
+
+from tools.byte_gpt import ATTENTIONS, GPT, Shape, next_byte_loss, sample
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
