@@ -76,7 +76,8 @@ class Block(nn.Module):
         if rotation is not None:
             q, k = rotated(q, *rotation), rotated(k, *rotation)
         x = x + self.from_heads(self.attend(q, k, v).flatten(2))
-        return x + self.narrow(nn.functional.gelu(self.widen(self.norm_mlp(x))))
+        added: Tensor = self.narrow(nn.functional.gelu(self.widen(self.norm_mlp(x))))
+        return x + added
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -124,7 +125,8 @@ class GPT(nn.Module):
             rotation = self.cos[:length], self.sin[:length]
         for block in self.blocks:
             x = block(x, rotation)
-        return self.to_logits(self.norm(x))
+        logits: Tensor = self.to_logits(self.norm(x))
+        return logits
 
 
 def next_byte_loss(model: GPT, text: Tensor) -> Tensor:

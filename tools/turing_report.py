@@ -224,6 +224,7 @@ def grid(direction: Direction, head_dim: int) -> list[Options]:
     scarce = head_dim >= 128
     stages = (1, 2) if scarce else (2,)
     found: list[Options] = []
+    names: tuple[str, ...]
     if direction == "forward":
         columns = (16, 32, 64) if scarce else (32, 64)
         for m, n, warps, stage in itertools.product((64, 128), columns, (4, 8), stages):
@@ -248,15 +249,15 @@ def ranked(results: Mapping[Options, Result]) -> list[Options]:
     cycles for the same multiply-adds; of equals, the larger tiles, which are loaded fewer times.
     """
 
-    def first(options: Options) -> tuple[Any, ...]:
+    def first(options: Options) -> tuple[float, ...]:
         result = results[options]
         return (False, not result.fits, result.spills) if _is_usable(result) else (True, True, 0)
 
-    usable = [options for options in results if _is_usable(results[options])]
+    usable = {options: result for options, result in results.items() if _is_usable(result)}
     best_first = min(map(first, usable), default=None)
-    best_share = max((results[o].useful_share for o in usable if first(o) == best_first), default=0.0)
+    best_share = max((result.useful_share for o, result in usable.items() if first(o) == best_first), default=0.0)
 
-    def key(options: Options) -> tuple[Any, ...]:
+    def key(options: Options) -> tuple[float, ...]:
         result, sizes = results[options], dict(options)
         if not _is_usable(result):
             return first(options)

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import triton
 from triton import knobs
@@ -161,19 +162,14 @@ def _load(source: KernelSource) -> tuple[Any, dict[str, Any]]:
     def template(**keywords: Any) -> Callable[[Any], Any]:
         return lambda function: caught.append((function, keywords))
 
-    original = triton_heuristics.template
-    triton_heuristics.template = template
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, f"{source.name}.py")
-            with open(path, "w") as file:
-                file.write(source.text)
-            spec = importlib.util.spec_from_file_location(source.name, path)
-            assert spec is not None
-            assert spec.loader is not None
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-            (pair,) = caught
-            pair[0].src  # noqa: B018 - read before the file is gone
-    finally:
-        triton_heuristics.template = original
+    with mock.patch.object(triton_heuristics, "template", template), tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, f"{source.name}.py")
+        with open(path, "w") as file:
+            file.write(source.text)
+        spec = importlib.util.spec_from_file_location(source.name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        (pair,) = caught
+        pair[0].src  # noqa: B018 - read before the file is gone
     return pair

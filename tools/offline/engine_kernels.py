@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,14 +28,14 @@ class FeatureClass:
     divisible: bool = False  # lengths are multiples of 128
 
 
-def _features(**changed: object) -> Features:
+def _features(**changed: Any) -> Features:
     plain = Features(
         softmax_scale=1.0, softcap=None, alibi=False, window=CAUSAL, threshold=None, packed=False, square=True
     )
-    return dataclasses.replace(plain, **changed)  # type: ignore[arg-type]
+    return dataclasses.replace(plain, **changed)
 
 
-_SCORES = {"softcap": 20.0, "alibi": True, "window": Window(100, 0)}
+_SCORES: dict[str, Any] = {"softcap": 20.0, "alibi": True, "window": Window(100, 0)}
 _PACKED = {"packed": True, "square": False}
 
 PLAIN = "causal"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .arrays import Array
 from .definitions import Context, Execute, unsupported
 from .parser import Instruction
-from .registers import Array
 from .rounding import canonical, flush, saturate
 
 ROUNDINGS = ("rn", "rz", "rm", "rp")
