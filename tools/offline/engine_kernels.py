@@ -8,8 +8,9 @@ import torch
 
 from compiled_fa.engines.fused.flex import Spec
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import Options, options_for
+from compiled_fa.engines.fused.options import options_for
 from compiled_fa.scores import Window
+from compiled_fa.tuning import FlexOptions
 
 TURING = (7, 5)
 HEADS = 8
@@ -60,7 +61,7 @@ class Kernel:
     direction: Direction
     head_dim: int
     features: str  # a key of CLASSES
-    options: Options | None = None
+    options: FlexOptions | None = None
 
     @property
     def spec(self) -> Spec:
