@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tools.byte_gpt import ATTENTIONS, GPT, Shape, next_byte_loss, sample
 
+BAR_WIDTH = 40  # characters
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
@@ -61,9 +62,9 @@ def train(name: str, shape: Shape, data: Tensor, options: argparse.Namespace) ->
     return Run(model, losses, first_step_end - start, tokens / seconds)
 
 
-def show_progress(name: str, done: int, of: int, loss: float, width: int = 40) -> None:
+def show_progress(name: str, done: int, of: int, loss: float) -> None:
     if sys.stderr.isatty():
-        bar = ("█" * (width * done // of)).ljust(width, "░")
+        bar = ("█" * (BAR_WIDTH * done // of)).ljust(BAR_WIDTH, "░")
         print(f"\r{name:12} {bar} {done}/{of}  loss {loss:.3f}", end="\n" if done == of else "", file=sys.stderr)
 
 

@@ -30,7 +30,6 @@ class Compiled:
     num_warps: int
     registers: int  # a thread
     shared: int  # bytes a block
-    ttir: str
     ttgir: str
     ptx: str
     sass: str
@@ -62,11 +61,6 @@ class Compiled:
     @functools.cached_property
     def barriers(self) -> int:
         return self.count("BAR")
-
-    def summary(self) -> dict[str, int]:
-        """The figures that the project's tables show."""
-        names = ("num_warps", "hmma", "imma", "ffma", "spills", "barriers", "registers", "shared")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +135,6 @@ def _compile(source: ASTSource, turing: bool, num_warps: int, num_stages: int) -
         num_warps=num_warps,
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         shared=binary.metadata.shared,
-        ttir=str(binary.asm["ttir"]),
         ttgir=str(binary.asm["ttgir"]),
         ptx=binary.asm["ptx"],
         sass=sass,
