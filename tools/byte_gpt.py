@@ -21,9 +21,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_compiled_fa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = flash_attn_func(q, k, v, causal=True)
-    assert isinstance(out, Tensor)  # a tuple only with return_attn_probs
-    return out
+    return flash_attn_func(q, k, v, causal=True)
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
