@@ -72,15 +72,11 @@ def _race_suite(name: str, options: argparse.Namespace, device: torch.device) ->
     for number, (entry, direction) in enumerate(pairs):
         label = f"{entry.case.label}, {direction}"
         progress.show(number, label)
-        outcomes = race(
-            entry.case,
-            direction,
-            entry.peers,
-            device,
-            options.seconds,
-            rounds,
-            lambda done, number=number, label=label: progress.show(number + done, label),
-        )
+
+        def tick(done: float, number: int = number, label: str = label) -> None:
+            progress.show(number + done, label)
+
+        outcomes = race(entry.case, direction, entry.peers, device, options.seconds, rounds, tick)
         records = [described(entry.case, direction) | of_outcome(outcome) for outcome in outcomes]
         progress.clear()
         print(table.row([record for record in records if record["peer"] in able]), flush=True)

@@ -19,7 +19,8 @@ def in_layer(attend: Attend, like: Tensor) -> Attend:
     weight = torch.eye(nheads * head_dim, dtype=like.dtype, device=like.device)
 
     def projected(x: Tensor) -> Tensor:
-        return F.linear(x.flatten(-2), weight).unflatten(-1, (nheads, head_dim))
+        heads: Tensor = F.linear(x.flatten(-2), weight).unflatten(-1, (nheads, head_dim))
+        return heads
 
     def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return projected(attend(projected(q), projected(k), projected(v)))

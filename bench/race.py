@@ -65,10 +65,10 @@ def _words(error: Exception) -> str:
 
 def prepare(name: str, inputs: Inputs) -> Prepared:
     prepared = PEERS[name].prepare(inputs)
-    leaves = tuple(x.detach() for x in prepared.leaves)
-    prepared = replace(prepared, leaves=leaves)
+    q, k, v = (x.detach() for x in prepared.leaves)
+    prepared = replace(prepared, leaves=(q, k, v))
     if inputs.case.layer:
-        prepared = replace(prepared, attend=in_layer(prepared.attend, leaves[0]))
+        prepared = replace(prepared, attend=in_layer(prepared.attend, q))
     if inputs.case.compiled:
         prepared = replace(prepared, attend=torch.compile(prepared.attend, fullgraph=True, dynamic=False))
     return prepared

@@ -45,7 +45,8 @@ def row(records: Sequence[dict[str, Any]]) -> str:
 
 def notes(records: Sequence[dict[str, Any]]) -> list[str]:
     """Why peers were not timed: what was wrong case by case, what was refused once a reason."""
-    lines, refused = [], {}
+    lines: list[str] = []
+    refused: dict[tuple[str, str], None] = {}  # in place of a set, for its order
     for record in records:
         if record["status"] == "refused":
             refused[record["peer"], record["reason"]] = None

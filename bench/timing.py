@@ -41,7 +41,8 @@ def once(run: Callable[[], object], device: torch.device) -> float:
     run()
     after.record()
     after.synchronize()
-    return before.elapsed_time(after) / 1e3
+    milliseconds: float = before.elapsed_time(after)
+    return milliseconds / 1e3
 
 
 def interleaved(

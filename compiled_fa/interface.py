@@ -8,6 +8,7 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from . import engines, ops, seed, validation
 from .probabilities import dense_probabilities, varlen_probabilities
 
-Result = Tensor | tuple[Tensor, Tensor, Tensor | None]
+# Any is the tuple that return_attn_probs asks for; named, everybody who does not ask for it would have to rule it out.
+Result = Tensor | Any
 
 # Below half the resolution of a keep decision (2**-32) nothing is ever dropped. Some callers pass 1e-30.
 NO_DROPOUT = 2.0**-33

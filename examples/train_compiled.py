@@ -51,7 +51,8 @@ class Model(nn.Module):
         x = self.tokens(tokens) + self.positions.weight
         q = self.q(x).unflatten(-1, (NHEADS, HEAD_DIM))
         k, v = self.kv(x).unflatten(-1, (2, NHEADS_K, HEAD_DIM)).unbind(2)
-        return self.out(x + self.attention(q, k, v).flatten(-2))
+        logits: Tensor = self.out(x + self.attention(q, k, v).flatten(-2))
+        return logits
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Hypothesis profiles, and eager steps: tests fuzz the tiles without compiling; those that compile say so."""
 
 import os
+from typing import Any
 
 os.environ.setdefault("COMPILED_FA_COMPILE", "0")
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "deadline": None,
     "derandomize": True,
     "print_blob": True,

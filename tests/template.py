@@ -14,8 +14,12 @@ from compiled_fa.engines.fused.flex import Spec
 from compiled_fa.engines.fused.mods import Mods
 
 
-def tiles(counts, indices, full_counts, full_indices, block):
-    """(number of a block of the other side, is it full) for each tile of a block."""
+def tiles(table, block):
+    """(number of a block of the other side, is it full) for each tile of a block.
+
+    table: counts and indices of partial tiles, and of full ones.
+    """
+    counts, indices, full_counts, full_indices = table
     partial = indices[0, 0, block, : counts[0, 0, block]].tolist()
     full = full_indices[0, 0, block, : full_counts[0, 0, block]].tolist()
     return [(n, False) for n in partial] + [(n, True) for n in full]
@@ -55,7 +59,7 @@ def forward(spec, q, k, v, *rest):
     for block in range(-(-q.shape[2] // BLOCK)):
         rows = span(block, q.shape[2])
         scores, values = [q.new_full((*q.shape[:2], rows.stop - rows.start, 0), 0.0)], [v[:, :, :0]]
-        for other, full in tiles(*blocks[:4], block):
+        for other, full in tiles(blocks[:4], block):
             columns = span(other, k.shape[2])
             scores.append(
                 template.scores(q[:, :, rows] @ k[:, :, columns].mT, template.at(rows, columns), full, buffers)
@@ -83,16 +87,17 @@ def backward(spec, q, k, v, dout, lse, delta, *rest):
         probs = torch.exp(score - lse[:, :, rows, None].nan_to_num(neginf=0.0, posinf=math.inf))
         dscore = probs * (dout[:, :, rows] @ values[:, :, columns].mT - delta[:, :, rows, None])
         dproduct = template.mods.product_gradient(product, *at, dscore, *score_buffers)[0]
+        assert dproduct is not None
         return probs, dproduct if full else torch.where(template.mods.mask(*at, *buffers), dproduct, 0.0)
 
     for block in range(-(-q.shape[2] // BLOCK)):  # as the kernel: dQ by the key blocks of each query block
         rows = span(block, q.shape[2])
-        for other, full in tiles(*blocks[:4], block):
+        for other, full in tiles(blocks[:4], block):
             columns = span(other, keys.shape[2])
             dq[:, :, rows] += tile(rows, columns, full)[1] @ keys[:, :, columns]
     for block in range(-(-keys.shape[2] // BLOCK)):  # and dK, dV by the query blocks of each key block
         columns = span(block, keys.shape[2])
-        for other, full in tiles(*blocks[4:8], block):
+        for other, full in tiles(blocks[4:], block):
             rows = span(other, q.shape[2])
             probs, dproduct = tile(rows, columns, full)
             dv[:, :, columns] += probs.mT @ dout[:, :, rows]

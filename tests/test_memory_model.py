@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,15 +14,9 @@ from hypothesis import strategies as st
 from compiled_fa.engines import tiled
 from compiled_fa.engines.tiled.scratch import Scratch
 from compiled_fa.problem import Problem
-
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import attention_memory as model  # noqa: E402
-import memory_model as tool  # noqa: E402
-from attention_memory import Config, kept, longest, moved  # noqa: E402
-
-sys.path.remove(str(TOOLS))
+from tools import attention_memory as model
+from tools import memory_model as tool
+from tools.attention_memory import Config, kept, longest, moved
 
 MIB = 1 << 20
 IMPLEMENTATIONS = ("naive", "tiled")
@@ -199,6 +192,13 @@ def test_command_prints_tables_and_json(capsys):
     with pytest.raises(SystemExit):
         tool.main(["--nheads-k", "3"])
     assert "multiple of --nheads-k 3" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["--help"])
+    assert ended.value.code == 0
+    assert "within 10%; Linux" in " ".join(capsys.readouterr().out.split())
 
 
 def test_plot_writes_png_and_svg(tmp_path):

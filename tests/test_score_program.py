@@ -89,7 +89,8 @@ def test_flex_attention_takes_it_unchanged(case):
     problem = data.problem()
     program = problem.program(*case.lengths[0])
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
-    sizes = len(case.lengths), case.nheads, *case.lengths[0]
+    seqlen_q, seqlen_k = case.lengths[0]
+    sizes = len(case.lengths), case.nheads, seqlen_q, seqlen_k
     block_mask = create_block_mask(partial(program.mask), *sizes, device="cpu", BLOCK_SIZE=16)
     with torch._dynamo.config.patch(specialize_float=True):  # torch 2.15's flex_attention takes no symbolic scale
         out = flex_attention(q, k, v, score_mod=program.score, block_mask=block_mask, scale=1.0, enable_gqa=True)

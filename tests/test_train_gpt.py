@@ -9,24 +9,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from tools import train_gpt
+from tools.byte_gpt import ATTENTIONS, Attention
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "tools" / "train_gpt.py"
 SIZES = {"--layers": 1, "--width": 32, "--block-size": 32, "--learning-rate": 0.003}
 TINY = ["--text", str(ROOT / "LICENSE"), *(str(word) for option in SIZES.items() for word in option)]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The script as people call it, on a tiny model, in a process of its own."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "COMPILED_FA_COMPILE": "0", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, SCRIPT, *TINY, *arguments], env=environment, capture_output=True, encoding="utf-8"
-    )
+    command = [sys.executable, "-m", "tools.train_gpt", *TINY, *arguments]
+    environment = {**os.environ, "COMPILED_FA_COMPILE": "0", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, encoding="utf-8")
 
 
 def losses(output: str) -> dict[str, tuple[float, float]]:
@@ -36,14 +35,11 @@ def losses(output: str) -> dict[str, tuple[float, float]]:
 
 
 @pytest.fixture
-def train_gpt(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as a module, on one thread: the model is too small for more."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import train_gpt
-
+def _one_thread() -> Iterator[None]:
+    """The model is too small for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield train_gpt
+    yield
     torch.set_num_threads(threads)
 
 
@@ -85,9 +81,10 @@ def sees_one_key_ahead(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("wrong", [scaled_by_three_percent_more, sees_one_key_ahead])
-def test_a_wrong_attention_is_noticed(train_gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, wrong: object) -> None:
-    monkeypatch.setitem(train_gpt.ATTENTIONS, "wrong", wrong)
+def test_a_wrong_attention_is_noticed(monkeypatch: pytest.MonkeyPatch, wrong: Attention) -> None:
+    monkeypatch.setitem(ATTENTIONS, "wrong", wrong)
     options = ["--no-compile", "--sample", "0", "--positions", "rotary"]
     assert train_gpt.main([*TINY, *options, "--attention", "naive,sdpa"]) == 0
     assert train_gpt.main([*TINY, *options, "--attention", "naive,wrong"]) == 1
@@ -103,15 +100,14 @@ def test_a_wrong_attention_is_noticed(train_gpt: ModuleType, monkeypatch: pytest
         (["--steps", "0"], "at least 1, got 0"),
     ],
 )
-def test_wrong_options_are_explained(
-    train_gpt: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_wrong_options_are_explained(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit):
         train_gpt.main([*TINY, *arguments])
     assert message in capsys.readouterr().err
 
 
-def test_plot(train_gpt: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_one_thread")
+def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "losses.png"
     train_gpt.main([*TINY, "--no-compile", "--steps", "3", "--attention", "naive,sdpa", "--plot", str(file)])
@@ -119,7 +115,7 @@ def test_plot(train_gpt: ModuleType, tmp_path: Path) -> None:
 
 
 def test_plot_without_matplotlib_names_the_extra(
-    train_gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -30,6 +30,7 @@ from compiled_fa.tuning import current
 Direction = Literal["forward", "training"]
 Bytes = dict[str, int]
 FP32 = 4
+STEP = 64  # of the lengths that `longest` tries
 
 
 @dataclass(frozen=True)
@@ -241,16 +242,16 @@ def intensity(config: Config, direction: Direction, implementation: str) -> floa
     return config.flops(direction) / traffic if traffic else inf
 
 
-def longest(config: Config, direction: Direction, implementation: str, memory: int, step: int = 64) -> int:
-    """The longest self-attention, a multiple of `step`, that fits into so many bytes; the next does not. 0: none."""
+def longest(config: Config, direction: Direction, implementation: str, memory: int) -> int:
+    """The longest self-attention, a multiple of STEP, that fits into so many bytes; the next does not. 0: none."""
 
     def fits(seqlen: int) -> bool:
         return sum(kept(config.at(seqlen), direction, implementation).values()) <= memory
 
-    low, high = 0, step
+    low, high = 0, STEP
     while fits(high):
         low, high = high, 2 * high
-    while high - low > step:
-        middle = (low + high) // 2 // step * step
+    while high - low > STEP:
+        middle = (low + high) // 2 // STEP * STEP
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

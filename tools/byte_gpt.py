@@ -21,9 +21,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_compiled_fa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = flash_attn_func(q, k, v, causal=True)
-    assert isinstance(out, Tensor)  # a tuple only with return_attn_probs
-    return out
+    return flash_attn_func(q, k, v, causal=True)
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -76,7 +74,8 @@ class Block(nn.Module):
         if rotation is not None:
             q, k = rotated(q, *rotation), rotated(k, *rotation)
         x = x + self.from_heads(self.attend(q, k, v).flatten(2))
-        return x + self.narrow(nn.functional.gelu(self.widen(self.norm_mlp(x))))
+        added: Tensor = self.narrow(nn.functional.gelu(self.widen(self.norm_mlp(x))))
+        return x + added
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -124,7 +123,8 @@ class GPT(nn.Module):
             rotation = self.cos[:length], self.sin[:length]
         for block in self.blocks:
             x = block(x, rotation)
-        return self.to_logits(self.norm(x))
+        logits: Tensor = self.to_logits(self.norm(x))
+        return logits
 
 
 def next_byte_loss(model: GPT, text: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """How much memory attention takes, how much it moves, and how long a sequence fits: naive, and ours.
 
-    python tools/memory_model.py --batch 32 --seqlen 512 --nheads 16
-    python tools/memory_model.py --seqlen 16384 --direction training --card rtx2080ti --plot memory.png
-    python tools/memory_model.py --measure                          # hold the model against peaks measured here
+    python -m tools.memory_model --batch 32 --seqlen 512 --nheads 16
+    python -m tools.memory_model --seqlen 16384 --direction training --card rtx2080ti --plot memory.png
+    python -m tools.memory_model --measure                          # hold the model against peaks measured here
 
 attention_memory.py has the model and its accounting; this is its command. MiB and GiB are powers of 2.
 """
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attention_memory import ENGINES, Config, Direction, intensity, kept, longest, moved
+from tools.attention_memory import ENGINES, Config, Direction, intensity, kept, longest, moved
 
 MIB, GIB = 1 << 20, 1 << 30
 # Memory that a card reports as its own; a CUDA context and everything else of a model has to fit as well.

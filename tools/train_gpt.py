@@ -1,8 +1,8 @@
 """Train a small byte-level GPT with one attention after another, and compare their losses step by step.
 
-    python tools/train_gpt.py                                       # compiled_fa, SDPA, explicit softmax; README.md
-    python tools/train_gpt.py --text book.txt --plot losses.png
-    python tools/train_gpt.py --text book.txt --attention compiled_fa --steps 2000 --positions rotary --kv-heads 2
+    python -m tools.train_gpt                                       # compiled_fa, SDPA, explicit softmax; README.md
+    python -m tools.train_gpt --text book.txt --plot losses.png
+    python -m tools.train_gpt --text book.txt --attention compiled_fa --steps 2000 --positions rotary --kv-heads 2
 
 Model and loss are one graph: torch.compile(fullgraph=True). Every attention starts from the same weights and reads the
 same bytes in the same order, so that its losses may differ from the others' by float noise only; exit status 1 if
@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_gpt import ATTENTIONS, GPT, Shape, next_byte_loss, sample
 from torch import Tensor
 
+from tools.byte_gpt import ATTENTIONS, GPT, Shape, next_byte_loss, sample
+
+BAR_WIDTH = 40  # characters
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
@@ -60,9 +62,9 @@ def train(name: str, shape: Shape, data: Tensor, options: argparse.Namespace) ->
     return Run(model, losses, first_step_end - start, tokens / seconds)
 
 
-def show_progress(name: str, done: int, of: int, loss: float, width: int = 40) -> None:
+def show_progress(name: str, done: int, of: int, loss: float) -> None:
     if sys.stderr.isatty():
-        bar = ("█" * (width * done // of)).ljust(width, "░")
+        bar = ("█" * (BAR_WIDTH * done // of)).ljust(BAR_WIDTH, "░")
         print(f"\r{name:12} {bar} {done}/{of}  loss {loss:.3f}", end="\n" if done == of else "", file=sys.stderr)
 
 

@@ -30,7 +30,7 @@ from typing import Any, TypeGuard
 import torch
 import triton
 
-from compiled_fa.engines.fused.options import Options
+from compiled_fa.tuning import FlexOptions
 from tools import kernel_traffic
 from tools.offline.engine_kernels import (
     CLASSES,
@@ -217,13 +217,14 @@ FEWEST, MOST = 24, 168
 NEAR = 0.9  # of the best bound: what hides latency is worth more than the rest
 
 
-def grid(direction: Direction, head_dim: int) -> list[Options]:
+def grid(direction: Direction, head_dim: int) -> list[FlexOptions]:
     """The options that are tried: tiles that divide the block size, 128, and each other where the template's
     loops need it, with accumulators that may fit in the registers; small tiles and no pipeline where those are
     scarce."""
     scarce = head_dim >= 128
     stages = (1, 2) if scarce else (2,)
-    found: list[Options] = []
+    found: list[FlexOptions] = []
+    names: tuple[str, ...]
     if direction == "forward":
         columns = (16, 32, 64) if scarce else (32, 64)
         for m, n, warps, stage in itertools.product((64, 128), columns, (4, 8), stages):
@@ -241,22 +242,22 @@ def grid(direction: Direction, head_dim: int) -> list[Options]:
     return found
 
 
-def ranked(results: Mapping[Options, Result]) -> list[Options]:
+def ranked(results: Mapping[FlexOptions, Result]) -> list[FlexOptions]:
     """Best first: fits in an SM, does not spill, is near the best bound of those.
 
     Then what lets units overlap and hides loads: two warps a sub-core, the pipeline, two blocks an SM. Then the fewest
     cycles for the same multiply-adds; of equals, the larger tiles, which are loaded fewer times.
     """
 
-    def first(options: Options) -> tuple[Any, ...]:
+    def first(options: FlexOptions) -> tuple[float, ...]:
         result = results[options]
         return (False, not result.fits, result.spills) if _is_usable(result) else (True, True, 0)
 
-    usable = [options for options in results if _is_usable(results[options])]
+    usable = {options: result for options, result in results.items() if _is_usable(result)}
     best_first = min(map(first, usable), default=None)
-    best_share = max((results[o].useful_share for o in usable if first(o) == best_first), default=0.0)
+    best_share = max((result.useful_share for o, result in usable.items() if first(o) == best_first), default=0.0)
 
-    def key(options: Options) -> tuple[Any, ...]:
+    def key(options: FlexOptions) -> tuple[float, ...]:
         result, sizes = results[options], dict(options)
         if not _is_usable(result):
             return first(options)

@@ -75,12 +75,12 @@ def _prepare(inputs: Inputs) -> Prepared:
 
     mask_mod = _mask_mod(inputs)
     mask = create_block_mask(mask_mod, None, None, rows_q, rows_k, device=inputs.device) if mask_mod else None
-    options = {"score_mod": score_mod if case.softcap or case.alibi else None, "block_mask": mask}
+    scores = score_mod if case.softcap or case.alibi else None
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, **options, enable_gqa=case.heads_per_key > 1).transpose(1, 2)
+        return compiled(q, k, v, scores, mask, enable_gqa=case.heads_per_key > 1).transpose(1, 2)
 
     def batched(rows: Tensor) -> Tensor:
         return rows[None] if case.varlen else inputs.batched(rows)

@@ -64,7 +64,8 @@ def _prepare_xformers(inputs: Inputs) -> Prepared:
         mask = fmha.attn_bias.LowerTriangularFromBottomRightMask() if case.causal else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-        return memory_efficient_attention(q, k, v, attn_bias=mask, p=dropout_p)
+        out: Tensor = memory_efficient_attention(q, k, v, attn_bias=mask, p=dropout_p)
+        return out
 
     if case.varlen:
         q, k, v, dout = (x[None] for x in (inputs.q, inputs.k, inputs.v, inputs.dout))

@@ -48,6 +48,7 @@ def _dense(inputs: Inputs) -> Prepared:
         """The op below flash_attn_func, which would draw a seed that nobody knows."""
         left, right = options["window_size"]
         others = {name: value for name, value in options.items() if name != "window_size"}
+        out: Tensor
         out, _ = torch.ops.compiled_fa.attention(
             q, k, v, window_left=left, window_right=right, dropout_p=case.dropout_p, dropout_seed=seed, **others
         )

@@ -36,9 +36,9 @@ def _prepare_padded(inputs: Inputs) -> Prepared:
     case = inputs.case
     lengths = inputs.cu_seqlens_q.diff()
     exists = torch.arange(case.max_seqlen_q, device=inputs.device) < lengths[:, None]
-    mask = exists[:, None, None, :]
-    if case.causal:
-        mask = mask & inputs.visible(case.max_seqlen_q, case.max_seqlen_k)
+    mask, visible = exists[:, None, None, :], inputs.visible(case.max_seqlen_q, case.max_seqlen_k)
+    if visible is not None:
+        mask = mask & visible
 
     def padded(rows: Tensor) -> Tensor:
         return rows.new_zeros(*exists.shape, *rows.shape[1:]).masked_scatter_(exists[..., None, None], rows)
@@ -60,8 +60,8 @@ def _prepare_loop(inputs: Inputs) -> Prepared:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
         for sequence in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-            heads_first = (x.transpose(0, 1)[None] for x in sequence)
-            out = F.scaled_dot_product_attention(*heads_first, is_causal=case.causal, enable_gqa=gqa)
+            q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in sequence)
+            out = F.scaled_dot_product_attention(q_b, k_b, v_b, is_causal=case.causal, enable_gqa=gqa)
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 
@@ -83,8 +83,8 @@ def _prepare_nested(inputs: Inputs) -> Prepared:
         return torch.nested.nested_tensor_from_jagged(rows, offsets, max_seqlen=case.max_seqlen_q)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads_first = (nested(x).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=case.causal).transpose(1, 2)
+        q, k, v = (nested(x).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2)
         return out.values()
 
     return packed(inputs, attend)

@@ -5,16 +5,16 @@ translates PTX of an older architecture for the GPU that it has. Prints one line
 """
 
 import sys
+import unittest.mock
 from pathlib import Path
 
 import torch
 from triton import knobs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from gpu.test_engines import FEATURES, run_on
 from support import Case, check_against_float64, make
-from test_engines import FEATURES, run_on
 
 from compiled_fa import turing
 from compiled_fa.engines import fused
@@ -36,7 +36,7 @@ def use_ptx_as_binary() -> None:
 
     knobs.runtime.add_stages_inspection_hook = hook
     knobs.runtime.override_arch = "sm75"
-    attention.capability_of = lambda device: (7, 5)
+    unittest.mock.patch.object(attention, "capability_of", return_value=(7, 5)).start()
 
 
 def main() -> None:
@@ -45,8 +45,8 @@ def main() -> None:
         for head_dim in (64, 128):
             for lengths in (((300, 300),) * 2, ((67, 90), (0, 3), (500, 500), (33, 20))):
                 dense = len(set(lengths)) == 1
-                dims = {"head_dim": head_dim, "head_dim_v": head_dim, "heads_per_key": 2, "dtype": torch.float16}
-                data = make(Case(lengths, dense, **dims, **options))
+                shape = {"heads_per_key": 2, "head_dim": head_dim, "head_dim_v": head_dim}
+                data = make(Case(lengths, dense, dtype=torch.float16, **{**shape, **options}))
                 check_against_float64(data, run_on(torch.device("cuda"), fused, data))
                 print(f"{name}, head_dim {head_dim}, {'dense' if dense else 'varlen'}: within budget", flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -32,7 +33,9 @@ def round_to(value: Fraction, form: Format, mode: str = "rn") -> float:
     exponent -= abs(value) < Fraction(2) ** exponent
     quantum = Fraction(2) ** (max(exponent, form.lowest) - form.precision + 1)
     steps = value / quantum
-    whole = {"rn": round, "rz": math.trunc, "rm": math.floor, "rp": math.ceil}[mode](steps)
+    to_integer: dict[str, Callable[[Fraction], int]]
+    to_integer = {"rn": round, "rz": math.trunc, "rm": math.floor, "rp": math.ceil}
+    whole = to_integer[mode](steps)
     result = whole * quantum
     if abs(result) > form.largest:
         stays = mode == "rz" or (mode == "rm" and value > 0) or (mode == "rp" and value < 0)

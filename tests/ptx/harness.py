@@ -77,4 +77,5 @@ def execute(
 
 
 def bits(values: np.ndarray) -> list[int]:
-    return values.view(f"u{values.dtype.itemsize}").tolist()
+    patterns: list[int] = values.view(f"u{values.dtype.itemsize}").tolist()
+    return patterns

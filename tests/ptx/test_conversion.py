@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +17,10 @@ from . import exact
 from .harness import examples, execute
 from .test_float import MODES, assert_same, floats
 from .test_integer import FAMILY, integers, wrap
+
+TO_INTEGER: dict[str, Callable[[Fraction], int]] = {
+    "rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil,
+}  # fmt: skip
 
 
 def convert(text: str, to: str, source_kind: str, values: np.ndarray) -> np.ndarray:
@@ -69,8 +74,7 @@ def test_integers_to_float32(kind: str, mode: str, data: st.DataObject) -> None:
 @examples
 @given(values=floats("f32"))
 def test_float32_to_integers_clamps(kind: str, mode: str, values: np.ndarray) -> None:
-    define = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}[mode]
-    limits = np.iinfo(DTYPES[kind])
+    limits = np.iinfo(np.dtype(DTYPES[kind]).name)
     wanted = []
     for x in map(float, values):
         if math.isnan(x):
@@ -78,7 +82,7 @@ def test_float32_to_integers_clamps(kind: str, mode: str, values: np.ndarray) ->
         elif math.isinf(x):
             wanted.append(limits.max if x > 0 else limits.min)
         else:
-            wanted.append(min(max(define(Fraction(x)), limits.min), limits.max))
+            wanted.append(min(max(TO_INTEGER[mode](Fraction(x)), limits.min), limits.max))
     assert convert(f"{mode}.{kind}.f32", kind, "f32", values).tolist() == wanted
 
 
@@ -86,7 +90,7 @@ def test_float32_to_integers_clamps(kind: str, mode: str, values: np.ndarray) ->
 @examples
 @given(values=floats("f32"))
 def test_rounding_to_integral_floats(mode: str, values: np.ndarray) -> None:
-    define = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}[mode]
+    define = TO_INTEGER[mode]
     wanted = [math.copysign(float(define(Fraction(x))), x) if math.isfinite(x) else x for x in map(float, values)]
     assert_same(convert(f"{mode}.f32.f32", "f32", "f32", values), wanted, "f32")
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton to compile kernels for sm_75")
 
+from support import RESULTS, Case, Data, check_against_float64, make, packed, run_naive
+
 from compiled_fa.engines import fused
 from compiled_fa.engines.fused import flex
 from compiled_fa.testing.budget import budget, error, magnitudes
-from tests.support import RESULTS, Case, Data, check_against_float64, make, packed, run_naive
 from tools import kernel_traffic
+from tools.offline.engine_kernels import DIRECTIONS, Direction
 from tools.ptx import OutOfBoundsError, RaceError
 from tools.ptx.engine import Kernel, Launch, engine_on_ptx, measure
 
@@ -34,7 +36,7 @@ def case_of(head_dim: int = 64, **options: Any) -> Case:
 
 # Over one block of the block structure, 128, and off every tile's multiples.
 CAUSAL = case_of(lengths=((130, 130),), dense=True)
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "causal": {"lengths": ((200, 200),), "dense": True},
     "more keys, GQA": {"lengths": ((70, 150),), "dense": True, "heads_per_key": 2},
     "varlen": {"lengths": ((70, 40), (0, 3), (5, 0), (33, 140))},
@@ -254,8 +256,8 @@ def test_the_engine_is_itself_again_afterwards() -> None:
     assert flex.run is run
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_traffic_is_what_the_tiles_say(direction: str) -> None:
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_traffic_is_what_the_tiles_say(direction: Direction) -> None:
     """tools/kernel_traffic.py's model against what the executed PTX loads and stores: little beside the tiles."""
     model = sum(kernel_traffic.modelled(direction, 64, 256).values())
     assert model <= measure(64, 256)[direction].sector_bytes <= 1.1 * model

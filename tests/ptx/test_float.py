@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +23,9 @@ def floats(kind: str) -> st.SearchStrategy[np.ndarray]:
     """32 values, whose exponents are often close enough for sums to cancel and products to underflow."""
     dtype = exact.FORMATS[kind].dtype
     width = np.dtype(dtype).itemsize * 8
-    patterns = st.integers(0, 2**width - 1).map(lambda b: np.array(b, f"u{width // 8}").view(dtype)[()])
+    patterns: st.SearchStrategy[Any] = st.integers(0, 2**width - 1).map(
+        lambda b: np.array(b, f"u{width // 8}").view(dtype)[()]
+    )
     near = st.integers(-(2**13), 2**13).flatmap(
         lambda m: st.sampled_from([-149, -140, -24, -12, 0, 1]).map(lambda e: dtype(m * 2.0**e))
     )
@@ -29,7 +34,7 @@ def floats(kind: str) -> st.SearchStrategy[np.ndarray]:
 
 
 def assert_same(got: np.ndarray, wanted: list[float], kind: str) -> None:
-    expected = np.array(wanted, np.float64).astype(exact.FORMATS[kind].dtype)
+    expected: np.ndarray = np.array(wanted, np.float64).astype(exact.FORMATS[kind].dtype)
     canonical = {2: 0x7FFF, 4: 0x7FFFFFFF}[expected.dtype.itemsize]
     want = [canonical if math.isnan(w) else b for w, b in zip(wanted, bits(expected), strict=True)]
     assert bits(got) == want
@@ -85,11 +90,12 @@ def test_fma_where_rounding_twice_would_be_wrong_for_a_subnormal() -> None:
 @given(data=st.data())
 def test_ftz_flushes_inputs_and_results(name: str, data: st.DataObject) -> None:
     sources = [data.draw(floats("f32")) for _ in range(3 if name == "fma" else 2)]
-    define = {"add": exact.add, "mul": exact.multiply, "fma": exact.multiply_add}[name]
+    functions: dict[str, Callable[..., float]]
+    functions = {"add": exact.add, "mul": exact.multiply, "fma": exact.multiply_add}
     wanted = []
     for values in zip(*sources, strict=True):
         flushed = [exact.flush(float(value), exact.F32) for value in values]
-        wanted.append(exact.flush(define(*flushed, exact.F32), exact.F32))
+        wanted.append(exact.flush(functions[name](*flushed, exact.F32), exact.F32))
     assert_same(run(f"{name}.rn.ftz.f32", "f32", *sources), wanted, "f32")
 
 
@@ -217,13 +223,13 @@ def test_division_and_roots_are_correctly_rounded(text: str, a: np.ndarray, b: n
         for value, root in zip(x, got, strict=True):
             # The exact root lies between the midpoints to the neighbours of the rounded one.
             below, above = (np.nextafter(root, np.float32(end)) for end in (0, np.inf))
-            low, high = ((exact.Fraction(float(root)) + exact.Fraction(float(n))) / 2 for n in (below, above))
-            assert low**2 <= exact.Fraction(float(value)) <= high**2
+            low, high = ((Fraction(float(root)) + Fraction(float(n))) / 2 for n in (below, above))
+            assert low**2 <= Fraction(float(value)) <= high**2
         return
     numerator = np.ones(32, np.float32) if text.startswith("rcp") else ordinary[0]
     sources = ordinary[1:] if text.startswith("rcp") else ordinary
     wanted = [
-        exact.round_to(exact.Fraction(float(x)) / exact.Fraction(float(y)), exact.F32)
+        exact.round_to(Fraction(float(x)) / Fraction(float(y)), exact.F32)
         for x, y in zip(numerator, ordinary[1], strict=True)
     ]
     assert_same(run(text, "f32", *sources), wanted, "f32")

@@ -26,7 +26,8 @@ def run(text: str, kinds: list[str], target: str, *sources: np.ndarray) -> list[
     names = [f"{FAMILY[int(kind[1:])]}{i + 1}" for i, kind in enumerate(kinds)]
     out = f"{FAMILY[int(target[1:])]}0"
     inputs = {name: (kind, source) for name, kind, source in zip(names, kinds, sources, strict=True)}
-    return execute(f"{text} {', '.join([out, *names])};", inputs, {out: target})[out].tolist()
+    results: list[int] = execute(f"{text} {', '.join([out, *names])};", inputs, {out: target})[out].tolist()
+    return results
 
 
 def wrap(value: int, kind: str) -> int:

@@ -54,7 +54,8 @@ def matrices(seed: int, *shapes: tuple[int, int]) -> list[np.ndarray]:
 
 
 def multiply(text: str, a: list, b: list, c: list, results: int, kind: str) -> list[np.ndarray]:
-    inputs, names = {}, []
+    inputs: dict[str, tuple[str, np.ndarray]] = {}
+    names: list[list[str]] = []
     for values in (a, b, c):
         names.append([f"%r{len(inputs) + 10 + i}" for i in range(len(values))])
         inputs.update({name: ("b32", value.view(np.uint32)) for name, value in zip(names[-1], values, strict=True)})

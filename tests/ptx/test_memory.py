@@ -123,6 +123,7 @@ def test_a_load_past_the_end_names_instruction_thread_and_address() -> None:
     ) as error:
         run("mad.lo.s64 %d0, %tid64, 4, %in0; ld.global.b32 %r0, [%d0];", x)
     fault = error.value
+    assert fault.address is not None
     assert (fault.thread, fault.block, fault.address & 0xFFFF) == (31, (0, 0, 0), 124)
     assert fault.instruction is not None
     assert fault.instruction.opcode == "ld"

@@ -184,6 +184,7 @@ def test_planted_absence_of_each_barrier(kernel) -> None:
     """No barrier of the loop may go: each stands between a write and a read, or a read and the next write."""
     ptx = kernel.asm["ptx"]
     loop = re.search(r"^(\$L__BB\d+_\d+):.*?bra\s+\1;", ptx, re.DOTALL | re.MULTILINE)
+    assert loop is not None
     barriers = list(re.finditer(r"bar\.sync\s+0;", loop[0]))
     assert len(barriers) > 4
     for barrier in barriers:

@@ -38,7 +38,7 @@ def engine_kernels(kernels: list[Kernel]) -> list[EngineKernel]:
 
 def jit_cache() -> list[bool]:
     """Whether a @triton.jit function launched before, during and after enable() ran tensor-core code."""
-    from tests.turing import kernels
+    from . import kernels
 
     fake_t4.install()
     seen = []

@@ -9,11 +9,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from compiled_fa.engines.fused.options import options_for
-from tests.turing import in_child
 from tools.offline import Kernel, in_own_process
 from tools.offline.engine import compile_spec
 from tools.offline.engine_kernels import DIRECTIONS, EVERYTHING
 from tools.offline.figures import SHARED
+
+from . import in_child
 
 HMMA = 8  # cycles of a HMMA.1688
 KERNELS = [Kernel(*names) for names in itertools.product(DIRECTIONS, (64, 128), ("causal", EVERYTHING))]

@@ -10,8 +10,9 @@ pytest.importorskip("tools.ptx", reason="the PTX interpreter is not here")
 
 import triton.language as tl
 
-from tests.turing import kernels
 from tools.offline import compile_jit
+
+from . import kernels
 
 INPUTS = {"a": "*fp16", "b": "*fp16", "c": "*fp32", "K": "i32"}
 

@@ -13,8 +13,9 @@ from triton import knobs
 
 import compiled_fa.turing
 from compiled_fa.turing import hook, private
-from tests.turing import in_child, kernels
 from tools.offline import compile_jit, in_own_process
+
+from . import in_child, kernels
 
 TYPES = {"a": "*fp16", "b": "*fp16", "c": "*fp32"}
 

@@ -4,8 +4,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.turing import in_child
 from tools.offline import in_own_process
+
+from . import in_child
 
 
 def test_cache_keys_on_disk():

@@ -38,8 +38,6 @@ def test_the_bound_of_every_unit():
         "shared": 4 * (4 + 2 + 4),  # four sub-cores
         "issue": 12,
     }
-    assert loop.bound == "shared"
-    assert loop.tensor_share == 16 / 40
     assert loop.counts["HMMA"] == 2
 
 

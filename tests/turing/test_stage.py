@@ -13,9 +13,10 @@ import triton.language as tl
 from triton import knobs
 
 from compiled_fa.turing import ir_text
-from tests.turing import kernels
 from tools.offline import compile_jit
 from tools.offline.machine_code import inner_loops
+
+from . import kernels
 
 
 @pytest.fixture(autouse=True)

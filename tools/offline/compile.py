@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import triton
 from triton import knobs
@@ -29,7 +30,6 @@ class Compiled:
     num_warps: int
     registers: int  # a thread
     shared: int  # bytes a block
-    ttir: str
     ttgir: str
     ptx: str
     sass: str
@@ -61,11 +61,6 @@ class Compiled:
     @functools.cached_property
     def barriers(self) -> int:
         return self.count("BAR")
-
-    def summary(self) -> dict[str, int]:
-        """The figures that the project's tables show."""
-        names = ("num_warps", "hmma", "imma", "ffma", "spills", "barriers", "registers", "shared")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +135,6 @@ def _compile(source: ASTSource, turing: bool, num_warps: int, num_stages: int) -
         num_warps=num_warps,
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         shared=binary.metadata.shared,
-        ttir=str(binary.asm["ttir"]),
         ttgir=str(binary.asm["ttgir"]),
         ptx=binary.asm["ptx"],
         sass=sass,
@@ -161,19 +155,14 @@ def _load(source: KernelSource) -> tuple[Any, dict[str, Any]]:
     def template(**keywords: Any) -> Callable[[Any], Any]:
         return lambda function: caught.append((function, keywords))
 
-    original = triton_heuristics.template
-    triton_heuristics.template = template
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, f"{source.name}.py")
-            with open(path, "w") as file:
-                file.write(source.text)
-            spec = importlib.util.spec_from_file_location(source.name, path)
-            assert spec is not None
-            assert spec.loader is not None
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-            (pair,) = caught
-            pair[0].src  # noqa: B018 - read before the file is gone
-    finally:
-        triton_heuristics.template = original
+    with mock.patch.object(triton_heuristics, "template", template), tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, f"{source.name}.py")
+        with open(path, "w") as file:
+            file.write(source.text)
+        spec = importlib.util.spec_from_file_location(source.name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        (pair,) = caught
+        pair[0].src  # noqa: B018 - read before the file is gone
     return pair

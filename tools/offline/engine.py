@@ -1,6 +1,6 @@
 """The fused engine's kernels, traced and lowered as the engine does it, compiled for sm_75."""
 
-from typing import Any
+from unittest import mock
 
 from compiled_fa.engines.fused.flex import Spec
 from compiled_fa.inductor import graphs
@@ -19,7 +19,7 @@ _CONFIG = {
 class _Unlaunched:
     """In place of a compiled kernel in the wrapper code that Inductor generates."""
 
-    def run(self, *args: Any, **kwargs: Any) -> None: ...
+    def run(self, *args: object, **kwargs: object) -> None: ...
 
 
 def capture(spec: Spec) -> KernelSource:
@@ -29,16 +29,12 @@ def capture(spec: Spec) -> KernelSource:
 
     sources: dict[str, str] = {}
 
-    def triton(self: Any, name: str, source: str, device_str: str = "cuda") -> _Unlaunched:
+    def triton(compiler: object, name: str, source: str, device_str: str = "cuda") -> _Unlaunched:
         sources[name] = source
         return _Unlaunched()
 
-    original = async_compile.AsyncCompile.triton
-    async_compile.AsyncCompile.triton = triton  # type: ignore[method-assign, assignment]
-    try:
+    with mock.patch.object(async_compile.AsyncCompile, "triton", triton):
         graphs.compile_graph(spec.graph(), lambda size: spec.example_inputs("cuda", size), dict(_CONFIG))
-    finally:
-        async_compile.AsyncCompile.triton = original  # type: ignore[method-assign]
     # Beside it are pointwise kernels: lse's change of base, delta's.
     (kernel,) = (KernelSource(name, text) for name, text in sources.items() if name.startswith("triton_tem"))
     return kernel

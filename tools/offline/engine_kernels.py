@@ -2,14 +2,15 @@
 
 import dataclasses
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from compiled_fa.engines.fused.flex import Spec
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import Options, options_for
+from compiled_fa.engines.fused.options import options_for
 from compiled_fa.scores import Window
+from compiled_fa.tuning import FlexOptions
 
 TURING = (7, 5)
 HEADS = 8
@@ -28,14 +29,14 @@ class FeatureClass:
     divisible: bool = False  # lengths are multiples of 128
 
 
-def _features(**changed: object) -> Features:
+def _features(**changed: Any) -> Features:
     plain = Features(
         softmax_scale=1.0, softcap=None, alibi=False, window=CAUSAL, threshold=None, packed=False, square=True
     )
-    return dataclasses.replace(plain, **changed)  # type: ignore[arg-type]
+    return dataclasses.replace(plain, **changed)
 
 
-_SCORES = {"softcap": 20.0, "alibi": True, "window": Window(100, 0)}
+_SCORES: dict[str, Any] = {"softcap": 20.0, "alibi": True, "window": Window(100, 0)}
 _PACKED = {"packed": True, "square": False}
 
 PLAIN = "causal"
@@ -60,7 +61,7 @@ class Kernel:
     direction: Direction
     head_dim: int
     features: str  # a key of CLASSES
-    options: Options | None = None
+    options: FlexOptions | None = None
 
     @property
     def spec(self) -> Spec:

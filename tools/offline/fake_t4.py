@@ -6,7 +6,8 @@ For a process of its own (process.py): nothing here is undone. Tried with the CP
 import functools
 import sys
 import types
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch._higher_order_ops
@@ -16,8 +17,9 @@ import torch._subclasses.fake_tensor as fake_tensor
 import triton
 from torch._dynamo import device_interface
 from torch._inductor.runtime import triton_helpers
-from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
+
+T = TypeVar("T")
 
 TARGET = GPUTarget("cuda", 75, 32)
 PROPERTIES = types.SimpleNamespace(
@@ -41,12 +43,11 @@ PROPERTIES = types.SimpleNamespace(
 class _Device:
     """In place of torch.cuda.device: there is none to change to."""
 
-    def __init__(self, *args: Any): ...
+    def __init__(self, *args: object) -> None: ...
     def __enter__(self) -> "_Device":
         return self
 
-    def __exit__(self, *error: Any) -> bool:
-        return False
+    def __exit__(self, *error: object) -> None: ...
 
 
 class _Driver:
@@ -54,7 +55,7 @@ class _Driver:
 
     class utils:  # noqa: N801 - the name that Triton uses
         @staticmethod
-        def get_device_properties(device: Any) -> dict[str, int]:
+        def get_device_properties(device: object) -> dict[str, int]:
             return {"max_shared_mem": 64 << 10, "max_num_regs": 65536, "multiprocessor_count": 40, "warpSize": 32}
 
     def get_current_target(self) -> GPUTarget:
@@ -66,11 +67,11 @@ class _Driver:
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cuda", 0)
 
-    def get_current_stream(self, device: Any = None) -> int:
+    def get_current_stream(self, device: object = None) -> int:
         return 0
 
 
-def _always(answer: Any) -> Any:
+def _always(answer: T) -> Callable[..., T]:
     return lambda *args, **kwargs: answer
 
 
@@ -121,19 +122,20 @@ def install() -> None:
     private._cuda_setDevice = _always(None)
     private._cuda_getCurrentRawStream = _always(0)
     torch.version.cuda = "12.8"
-    fake_tensor.init_gpu_context = _always(None)  # torch 2.11 makes a tensor there
-    fake_mode: Any = FakeTensorMode
-    fake_mode.avoid_device_init = property(_always(True))
+    fakes: Any = fake_tensor
+    fakes.init_gpu_context = _always(None)  # torch 2.11 makes a tensor there
+    fakes.FakeTensorMode.avoid_device_init = property(_always(True))
     # Inductor's patterns are traced on real tensors of the device.
+    passes: Any
     for passes in (joint_graph, post_grad):
-        passes.lazy_init = _always(None)  # type: ignore[assignment]
+        passes.lazy_init = _always(None)
     flex: Any = sys.modules["torch._higher_order_ops.flex_attention"]
     flex._permute_strides = _permute_strides
     triton.runtime.driver.set_active(_Driver())
     triton_helpers.set_driver_to_gpu = _always(None)
 
 
-def _permute_strides(out: torch.Tensor, query_strides: Any) -> torch.Tensor:
+def _permute_strides(out: torch.Tensor, query_strides: Sequence[int]) -> torch.Tensor:
     """flex_attention's own copies the data, which a fake tensor of a missing device cannot."""
     from torch._inductor.ir import get_fill_order
 

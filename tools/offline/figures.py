@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from compiled_fa.engines.fused.flex import Spec
 from tools.offline.compile import Compiled
@@ -80,9 +82,10 @@ class Figures:
         return {**dataclasses.asdict(self), **derived}
 
     @classmethod
-    def from_dict(cls, values: dict[str, object]) -> "Figures":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Figures":
+        """From what `as_dict` gave, by way of JSON perhaps."""
         known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-        return cls(**{**known, "loops": tuple(Loop(**loop) for loop in values["loops"])})  # type: ignore
+        return cls(**{**known, "loops": tuple(Loop(**loop) for loop in values["loops"])})
 
 
 def measure(spec: Spec, *, turing: bool) -> Figures:

@@ -91,16 +91,6 @@ class Loop:
         """Multiply-adds, on tensor cores or not."""
         return sum(self.counts[opcode] for opcode in ("HMMA", "IMMA", "FFMA"))
 
-    @property
-    def bound(self) -> str:
-        """The unit that bounds the loop."""
-        return max(UNITS, key=lambda unit: self.bounds[unit])
-
-    @property
-    def tensor_share(self) -> float:
-        """The largest share of the tensor cores' peak that the loop can reach."""
-        return self.bounds["tensor"] / max(self.bounds.values())
-
 
 def inner_loops(sass: str) -> list[Loop]:
     """The loops of a kernel that contain no other loop, in the order of the code.

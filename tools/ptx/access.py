@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from .arrays import Array, Mask
 from .definitions import Context, Execute, defines, split, unsupported
-from .memory import GlobalMemory, LocalMemory, ParameterMemory
-from .parser import SIZES, Address, Instruction, Register, Symbol, Vector
-from .registers import DTYPES, Array, Mask
+from .memory import GlobalMemory, LocalMemory, ParameterMemory, SharedMemory
+from .parser import SIZES, Address, Instruction, Operand, Register, Symbol, Vector
+from .registers import DTYPES
 from .rounding import canonical, flush
 
 # What says how an access is cached or ordered, and has no effect on values where threads run one instruction at a time.
@@ -20,11 +20,12 @@ CACHING = (
     *(f"L1::{hint}" for hint in ("evict_normal", "evict_unchanged", "evict_first", "evict_last", "no_allocate")),
 )  # fmt: skip
 SPACES = ("global", "shared", "shared::cta", "local", "param")
+Space = GlobalMemory | SharedMemory | LocalMemory | ParameterMemory
 
 
-def space_of(instruction: Instruction, context: Context, flags: set[str]) -> Any:
+def space_of(instruction: Instruction, context: Context, flags: set[str]) -> Space:
     memory = context.memory
-    spaces = {
+    spaces: dict[str, Space] = {
         "global": memory.globals,
         "shared": memory.shared,
         "shared::cta": memory.shared,
@@ -37,7 +38,7 @@ def space_of(instruction: Instruction, context: Context, flags: set[str]) -> Any
     return spaces[named.pop()]
 
 
-def addresses_of(operand: Any, context: Context) -> Callable[[], Array]:
+def addresses_of(operand: Operand, context: Context) -> Callable[[], Array]:
     """A function that gives every thread's address, as int64."""
     assert isinstance(operand, Address)
     registers = context.registers
@@ -112,7 +113,7 @@ def _store(instruction: Instruction, context: Context) -> Execute:
     return run
 
 
-def _update(operation: str, kind: str, flushes: bool) -> Callable[..., Any]:
+def _update(operation: str, kind: str, flushes: bool) -> Callable[..., Array]:
     """(old, operand[, second operand]) -> new value of an atomic."""
     if operation == "exch":
         return lambda old, value: value
@@ -122,7 +123,7 @@ def _update(operation: str, kind: str, flushes: bool) -> Callable[..., Any]:
         return lambda old, limit: np.where(old >= limit, old.dtype.type(0), old + old.dtype.type(1))
     if operation == "dec":
         return lambda old, limit: np.where((old == 0) | (old > limit), limit, old - old.dtype.type(1))
-    simple: dict[str, Any] = {
+    simple: dict[str, Callable[..., Array]] = {
         "add": np.add, "min": np.minimum, "max": np.maximum,
         "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     }  # fmt: skip
@@ -141,7 +142,11 @@ def _atomic(instruction: Instruction, context: Context) -> Execute:
     (kind,), flags = split(instruction, "global", "shared", "shared::cta", *CACHING, *operations, "noftz")
     space = space_of(instruction, context, flags)
     (operation,) = flags & {*operations} or {""}
-    if not operation or isinstance(space, LocalMemory) or (kind[0] == "f" and operation not in ("add", "exch")):
+    if (
+        not operation
+        or isinstance(space, LocalMemory | ParameterMemory)
+        or (kind[0] == "f" and operation not in ("add", "exch"))
+    ):
         raise unsupported(instruction)
     registers = context.registers
     returns = instruction.opcode == "atom"

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 
 from .arithmetic import integer_division
+from .arrays import Array
 from .definitions import Context, Execute, defines, split, unsupported
 from .elementwise import elementwise, float_function
 from .parser import Instruction
-from .registers import Array
 
 _FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "ex2": np.exp2,

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .arrays import Array
 from .definitions import Context, Execute, defines, split, unsupported
 from .elementwise import FLOATS, ROUNDINGS, elementwise, float_function, rounding_of
 from .parser import Instruction
-from .registers import DTYPES, Array
+from .registers import DTYPES
 from .rounding import flush, multiply_add_float32, round_float, sum_to_odd
 
 # Addition, multiplication
@@ -70,7 +71,8 @@ def _high(a: Array, b: Array) -> Array:
     """The upper half of the product, 32 or 64 bits wide."""
     if a.dtype.itemsize <= 4:
         wide = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
-        return (a.astype(wide) * b.astype(wide) >> wide.type(8 * a.dtype.itemsize)).astype(a.dtype)
+        upper: Array = a.astype(wide) * b.astype(wide) >> wide.type(8 * a.dtype.itemsize)
+        return upper.astype(a.dtype)
     exact = [int(x) * int(y) >> 64 for x, y in zip(a, b, strict=True)]
     return np.array([value & (2**64 - 1) for value in exact], np.uint64).view(a.dtype)
 
@@ -133,7 +135,8 @@ def _dot_of_bytes(instruction: Instruction, context: Context) -> Execute:
 
     def function(a: Array, b: Array, c: Array) -> Array:
         products = a.view(lanes[0]).astype(np.int64) * b.view(lanes[1]).astype(np.int64)
-        return (products.reshape(-1, 4).sum(1) + c.astype(np.int64)).astype(DTYPES[result])
+        sums: Array = products.reshape(-1, 4).sum(1) + c.astype(np.int64)
+        return sums.astype(DTYPES[result])
 
     return elementwise(instruction, context, function, result, [*kinds, result])
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
+from .arrays import Array, Mask
 from .definitions import Context, Execute, defines, split, unsupported
 from .elementwise import elementwise
 from .parser import Immediate, Instruction, Vector
-from .registers import DTYPES, Array, Mask
+from .registers import DTYPES
 
-_LOGIC: dict[str, Any] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
+_LOGIC: dict[str, Callable[..., Array]] = {
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+}  # fmt: skip
 
 
 @defines("and", "or", "xor", "not")
@@ -61,7 +64,8 @@ def _shift(instruction: Instruction, context: Context) -> Execute:
     def function(a: Array, amount: Array) -> Array:
         small = np.minimum(amount, bits - 1).astype(dtype)
         if not left and dtype.kind == "i":  # a longer shift leaves copies of the sign, as one by bits - 1 does
-            return a >> small
+            shifted: Array = a >> small
+            return shifted
         return np.where(amount < bits, a << small if left else a >> small, dtype.type(0))
 
     return elementwise(instruction, context, function, kind, [kind, "u32"])
@@ -117,7 +121,8 @@ def _extract_field(instruction: Instruction, context: Context) -> Execute:
             fill = np.where(count == 0, value.dtype.type(0), (value >> np.maximum(top, 0).astype(value.dtype)) & one)
         inside = (np.arange(bits) < count) & (position < bits)
         chosen = np.where(inside, bit, fill)
-        return (chosen << np.arange(bits, dtype=value.dtype)).sum(1, dtype=value.dtype).view(a.dtype)
+        field: Array = (chosen << np.arange(bits, dtype=value.dtype)).sum(1, dtype=value.dtype)
+        return field.view(a.dtype)
 
     return elementwise(instruction, context, function, kind, [kind, "u32", "u32"])
 
@@ -133,14 +138,17 @@ def _insert_field(instruction: Instruction, context: Context) -> Execute:
         one = b.dtype.type(1)
         source = (a[:, None] >> np.clip(position, 0, bits - 1).astype(b.dtype)) & one
         kept = (b[:, None] >> np.arange(bits, dtype=b.dtype)) & one
-        return (np.where(inside, source, kept) << np.arange(bits, dtype=b.dtype)).sum(1, dtype=b.dtype)
+        chosen = np.where(inside, source, kept)
+        result: Array = (chosen << np.arange(bits, dtype=b.dtype)).sum(1, dtype=b.dtype)
+        return result
 
     return elementwise(instruction, context, function, kind, [kind, kind, "u32", "u32"])
 
 
 def _bits_of(a: Array) -> Array:
     """(threads, bits), the lowest bit first."""
-    return (a[:, None] >> np.arange(8 * a.dtype.itemsize, dtype=a.dtype)) & a.dtype.type(1)
+    bits: Array = (a[:, None] >> np.arange(8 * a.dtype.itemsize, dtype=a.dtype)) & a.dtype.type(1)
+    return bits
 
 
 @defines("popc", "clz", "brev")
@@ -148,7 +156,8 @@ def _count_bits(instruction: Instruction, context: Context) -> Execute:
     (kind,), _ = split(instruction)
 
     def population(a: Array) -> Array:
-        return _bits_of(a).sum(1).astype(np.uint32)
+        count: Array = _bits_of(a).sum(1)
+        return count.astype(np.uint32)
 
     def leading(a: Array) -> Array:
         bits = _bits_of(a)[:, ::-1]
@@ -156,7 +165,8 @@ def _count_bits(instruction: Instruction, context: Context) -> Execute:
 
     def reverse(a: Array) -> Array:
         bits = _bits_of(a)[:, ::-1]
-        return (bits << np.arange(bits.shape[1], dtype=a.dtype)).sum(1, dtype=a.dtype)
+        result: Array = (bits << np.arange(bits.shape[1], dtype=a.dtype)).sum(1, dtype=a.dtype)
+        return result
 
     function, result = {"popc": (population, "u32"), "clz": (leading, "u32"), "brev": (reverse, kind)}[
         instruction.opcode

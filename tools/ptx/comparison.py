@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from .arrays import Array, Mask
 from .definitions import Context, Execute, defines, split, unsupported
 from .elementwise import FLOATS, elementwise
 from .parser import Instruction, Pair
-from .registers import DTYPES, Array, Mask
+from .registers import DTYPES
 from .rounding import flush
 
-_ORDERED: dict[str, Any] = {
+_ORDERED: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
 _UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-_COMBINATIONS: dict[str, Any] = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+_COMBINATIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor,
+}  # fmt: skip
 
 
 def _comparison(name: str, kind: str) -> Callable[[Array, Array], Array]:
@@ -100,7 +102,7 @@ def _select(instruction: Instruction, context: Context) -> Execute:
 @defines("testp")
 def _test(instruction: Instruction, context: Context) -> Execute:
     (kind,), flags = split(instruction, "finite", "infinite", "number", "notanumber", "normal", "subnormal")
-    smallest = np.finfo(DTYPES[kind]).smallest_normal
+    smallest = np.finfo(np.dtype(DTYPES[kind]).name).smallest_normal
     tests: dict[str, Callable[[Array], Array]] = {
         "finite": np.isfinite, "infinite": np.isinf, "number": lambda a: ~np.isnan(a), "notanumber": np.isnan,
         "normal": lambda a: np.isfinite(a) & (np.abs(a) >= smallest),

@@ -6,16 +6,17 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .arrays import Array, DType
 from .definitions import Context, Execute, defines, split, unsupported
 from .elementwise import FLOATS, ROUNDINGS, float_function, rounding_of
 from .parser import Instruction
-from .registers import DTYPES, Array
+from .registers import DTYPES
 from .rounding import flush, round_float, round_to_integer
 
 INTEGRAL = ("rni", "rzi", "rmi", "rpi")
 
 
-def float_to_integer(value: Array, dtype: np.dtype, mode: str) -> Array:
+def float_to_integer(value: Array, dtype: DType, mode: str) -> Array:
     """Clamped to the integer's range. NaN gives 0, but where either side is 64 bits wide only the top bit set."""
     rounded = round_to_integer(value.astype(np.float64), mode)
     limits = np.iinfo(dtype)
@@ -29,7 +30,7 @@ def float_to_integer(value: Array, dtype: np.dtype, mode: str) -> Array:
     return np.where(np.isnan(rounded), nan, result)
 
 
-def integer_to_float(value: Array, dtype: np.dtype, mode: str) -> Array:
+def integer_to_float(value: Array, dtype: DType, mode: str) -> Array:
     if mode == "rn" or (dtype == np.float64 and value.dtype.itemsize <= 4):
         if value.dtype.itemsize == 8 and dtype != np.float64:
             return _odd_float64(value).astype(dtype)
@@ -63,7 +64,7 @@ def _convert(instruction: Instruction, context: Context) -> Execute:
     return lambda mask: write(convert(source), mask)
 
 
-def _conversion(source_kind: str, dtype: np.dtype, flags: set[str]) -> Callable[[Array], Array] | None:
+def _conversion(source_kind: str, dtype: DType, flags: set[str]) -> Callable[[Array], Array] | None:
     """Values of the source type -> values of dtype; None where PTX has no such conversion."""
     mode = rounding_of(flags)
     integral = next((name for name in INTEGRAL if name in flags), None)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Array, Bools
 from .parser import Instruction
 
 SECTOR = 32  # bytes: what a GPU reads from or writes to global memory at once
@@ -103,7 +102,7 @@ class Counters:
         """Tensor-core operations a byte of `global_bytes`."""
         return self.tensor_flops / max(self.global_bytes, 1)
 
-    def count_shared(self, kind: SharedTraffic, addresses: NDArray[Any], active: NDArray[np.bool_], size: int) -> None:
+    def count_shared(self, kind: SharedTraffic, addresses: Array, active: Bools, size: int) -> None:
         """Counts one access of `size` bytes (at most 16) a thread.
 
         A pass serves 32 words: a warp's at 4 bytes a thread, half a warp's at 8, a quarter's at 16. Threads that want
@@ -127,10 +126,10 @@ class Counters:
         kind.conflicts += conflicts
 
 
-def sectors_of_warps(addresses: NDArray[Any], active: NDArray[np.bool_], size: int) -> int:
+def sectors_of_warps(addresses: Array, active: Bools, size: int) -> int:
     """How many sectors the warps of one access touch, each warp on its own."""
     first, last = addresses // SECTOR, (addresses + size - 1) // SECTOR
-    sector = np.where(active, first, -1).reshape(-1, 32)
+    sector: Array = np.where(active, first, -1).reshape(-1, 32)
     if not np.array_equal(first, last):  # aligned accesses of up to 32 bytes never straddle; others do not occur
         raise AssertionError("an access straddles two sectors")
     sector = np.sort(sector, axis=1)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .arrays import Mask
 from .faults import UnknownInstructionError
 from .parser import Instruction
-from .registers import DTYPES, Mask, Registers
+from .registers import DTYPES, Registers
 
 if TYPE_CHECKING:
     from .counters import Counters

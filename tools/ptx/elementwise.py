@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .arrays import Array
 from .definitions import Context, Execute, unsupported
 from .parser import Instruction
-from .registers import Array
 from .rounding import canonical, flush, saturate
 
 ROUNDINGS = ("rn", "rz", "rm", "rp")
@@ -30,14 +30,14 @@ def elementwise(
     return lambda mask: write(function(*arrays), mask)
 
 
-def float_function(function: Callable[..., Array], flags: set[str], *, flushes: bool = True) -> Callable[..., Array]:
+def float_function(function: Callable[..., Array], flags: set[str]) -> Callable[..., Array]:
     """`function` with what .ftz and .sat add, and NaN results made canonical."""
 
     def run(*sources: Array) -> Array:
-        if "ftz" in flags and flushes:
+        if "ftz" in flags:
             sources = tuple(flush(source) for source in sources)
         value = function(*sources)
-        if "ftz" in flags and flushes:
+        if "ftz" in flags:
             value = flush(value)
         return canonical(saturate(value) if "sat" in flags else value)
 

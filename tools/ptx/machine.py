@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import access, approximate, arithmetic, bits, comparison, conversion, matrix, warp  # noqa: F401 - they fill the table
+from .arrays import Array
 from .counters import Counters, class_of
 from .definitions import Context, Execute, decode
 from .faults import BarrierError, KernelError, TrapError, UnknownInstructionError
 from .memory import GlobalMemory, LocalMemory, Memory, ParameterMemory, SharedMemory
 from .parser import Immediate, Instruction, Kernel, Symbol
-from .registers import Array, Registers
+from .registers import Registers
 
 ENDS = ("bra", "ret", "exit", "trap")
 BARRIERS = ("bar", "barrier")

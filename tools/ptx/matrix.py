@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from .access import addresses_of
+from .arrays import Array, Mask
 from .definitions import Context, Execute, defines, split, unsupported
 from .parser import Instruction, Vector
-from .registers import Array, Mask
 from .rounding import canonical
 from .warp import WARP, converged_warps
 
@@ -38,7 +38,7 @@ def _load_matrix(instruction: Instruction, context: Context) -> Execute:
         warps = converged_warps(mask, None, registers.num_threads)
         threads = (warps[:, None] * WARP + np.arange(8 * count)).ravel()
         rows = context.memory.shared.read_rows(instruction, threads, addresses()[threads])
-        matrices = rows.reshape(warps.size, count, 8, 8)
+        matrices: Array = rows.reshape(warps.size, count, 8, 8)
         if transposed:
             matrices = matrices.swapaxes(2, 3)
         for i, write in enumerate(writes):

@@ -8,17 +8,14 @@ memory must have been written before they are read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Array, DType
 from .counters import SECTOR, Counters, Traffic, sectors_of_warps
 from .faults import MisalignedError, OutOfBoundsError, RaceError, UninitialisedError
 from .parser import Instruction
 from .races import ATOMIC, READ, WRITE, RaceDetector
-
-Array = NDArray[Any]
 
 NOBODY, SEVERAL = -1, -2  # in place of a block's number
 
@@ -40,9 +37,10 @@ def check_alignment(threads: Array, addresses: Array, size: int) -> None:
         )
 
 
-def _elements(addresses: Array, dtype: np.dtype, count: int) -> Array:
+def _elements(addresses: Array, dtype: DType, count: int) -> Array:
     """Indices (threads, count) of the elements at byte addresses, in an array of that type."""
-    return (addresses // dtype.itemsize)[:, None] + np.arange(count)
+    elements: Array = (addresses // dtype.itemsize)[:, None] + np.arange(count)
+    return elements
 
 
 class Buffer:
@@ -136,7 +134,7 @@ class GlobalMemory:
             return ""
         return f" (byte {address - near[0].base} of {near[0].name!r}, which has {near[0].size})"
 
-    def read(self, instruction: Instruction, threads: Array, addresses: Array, dtype: np.dtype, count: int) -> Array:
+    def read(self, instruction: Instruction, threads: Array, addresses: Array, dtype: DType, count: int) -> Array:
         size = dtype.itemsize * count
         values = np.empty((threads.size, count), dtype)
         for buffer, chosen, offsets in self._locate(threads, addresses, size):
@@ -164,7 +162,7 @@ class GlobalMemory:
             if self.independent_blocks:
                 buffer.check_blocks(threads[chosen], offsets, size, self.block, writes=True)
 
-    def cell(self, instruction: Instruction, thread: int, address: int, dtype: np.dtype, count: int) -> Array:
+    def cell(self, instruction: Instruction, thread: int, address: int, dtype: DType, count: int) -> Array:
         """The elements of one thread's atomic, as a view to update in place."""
         size = dtype.itemsize * count
         ((buffer, _, offsets),) = self._locate(np.array([thread]), np.array([address]), size)
@@ -234,7 +232,7 @@ class SharedMemory:
         traffic = self.counters.shared_stores if store else self.counters.shared_loads
         self.counters.count_shared(traffic, spread, active, size)
 
-    def _require_written(self, threads: Array, addresses: Array, dtype: np.dtype, elements: Array) -> None:
+    def _require_written(self, threads: Array, addresses: Array, dtype: DType, elements: Array) -> None:
         bits = np.dtype(f"u{dtype.itemsize}")
         missing = self._written.view(bits)[elements] != np.iinfo(bits).max
         if missing.any():
@@ -243,7 +241,7 @@ class SharedMemory:
                 "read of shared memory that nothing has written", thread=thread, address=int(addresses[index])
             )
 
-    def read(self, instruction: Instruction, threads: Array, addresses: Array, dtype: np.dtype, count: int) -> Array:
+    def read(self, instruction: Instruction, threads: Array, addresses: Array, dtype: DType, count: int) -> Array:
         size = dtype.itemsize * count
         self._check(threads, addresses, size)
         elements = _elements(addresses, dtype, count)
@@ -277,7 +275,7 @@ class SharedMemory:
         self._count(True, threads, addresses, size)
         self.races.record(WRITE, instruction, threads, addresses, size)
 
-    def cell(self, instruction: Instruction, thread: int, address: int, dtype: np.dtype, count: int) -> Array:
+    def cell(self, instruction: Instruction, thread: int, address: int, dtype: DType, count: int) -> Array:
         size = dtype.itemsize * count
         threads, addresses = np.array([thread]), np.array([address])
         self._check(threads, addresses, size)
@@ -298,7 +296,7 @@ class LocalMemory:
     def clear(self) -> None:
         self._written[...] = 0
 
-    def _place(self, threads: Array, addresses: Array, dtype: np.dtype, count: int) -> Array:
+    def _place(self, threads: Array, addresses: Array, dtype: DType, count: int) -> Array:
         size = dtype.itemsize * count
         check_alignment(threads, addresses, size)
         outside = (addresses < 0) | (addresses + size > self.size)
@@ -311,7 +309,7 @@ class LocalMemory:
             )
         return _elements(addresses + threads * self.size, dtype, count)
 
-    def read(self, instruction: Instruction, threads: Array, addresses: Array, dtype: np.dtype, count: int) -> Array:
+    def read(self, instruction: Instruction, threads: Array, addresses: Array, dtype: DType, count: int) -> Array:
         elements = self._place(threads, addresses, dtype, count)
         bits = np.dtype(f"u{dtype.itemsize}")
         missing = (self._written.view(bits)[elements] != np.iinfo(bits).max).any(axis=1)
@@ -335,7 +333,7 @@ class ParameterMemory:
     def __init__(self, data: bytes) -> None:
         self.data = data
 
-    def read(self, instruction: Instruction, threads: Array, addresses: Array, dtype: np.dtype, count: int) -> Array:
+    def read(self, instruction: Instruction, threads: Array, addresses: Array, dtype: DType, count: int) -> Array:
         check_alignment(threads, addresses, dtype.itemsize * count)
         start = int(addresses[0])
         if start < 0 or start + dtype.itemsize * count > len(self.data):

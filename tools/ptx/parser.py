@@ -93,9 +93,6 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: Register | Not | None
 
-    def has(self, *modifiers: str) -> bool:
-        return any(modifier in self.modifiers for modifier in modifiers)
-
     @property
     def name(self) -> str:
         return ".".join((self.opcode, *self.modifiers))

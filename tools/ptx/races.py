@@ -11,17 +11,15 @@ Accesses are logged as they happen and judged together when a barrier ends their
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Array
 from .faults import RaceError
 from .parser import Instruction
 
 READ, WRITE, ATOMIC = "reads", "writes", "updates atomically"
 NOBODY, SEVERAL = -1, -2  # in place of a group's number
-Array = NDArray[Any]
 
 
 @dataclass

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Array, Bools, DType, Mask
 from .faults import UnknownInstructionError
 from .parser import SIZES, Immediate, Kernel, Not, Operand, Register, Sink, Special, Symbol
 
-Array = NDArray[Any]
-Mask = NDArray[np.bool_] | None  # None: all threads of the block
 Write = Callable[[Array, Mask], None]
 
-DTYPES: dict[str, Any] = {
+DTYPES: dict[str, type[np.generic]] = {
     "f16": np.float16, "f16x2": np.float16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
     **{f"{kind}{bits}": getattr(np, f"{'int' if kind == 's' else 'uint'}{bits}")
        for kind in "bus" for bits in (8, 16, 32, 64)},
@@ -76,12 +73,12 @@ class Registers:
             return np.full(self.num_threads, self.symbols[operand.name], f"u{width}").view(dtype)
         raise UnknownInstructionError(f"operand {operand} read as {kind}")
 
-    def _constant(self, operand: Immediate, dtype: Any, width: int) -> Array:
+    def _constant(self, operand: Immediate, dtype: DType, width: int) -> Array:
         if dtype == np.bool_:
             return np.full(self.num_threads, operand.value != 0)
         bits = operand.value
         if operand.float_bits:
-            if np.dtype(dtype).kind == "f" and operand.float_bits != 8 * width:
+            if dtype.kind == "f" and operand.float_bits != 8 * width:
                 # A literal of one precision where another is wanted, as in `0d...` for f32.
                 value = np.array([bits], f"u{operand.float_bits // 8}").view(f"f{operand.float_bits // 8}")
                 bits = int(value.astype(dtype).view(f"u{width}")[0])
@@ -89,7 +86,7 @@ class Registers:
                 raise UnknownInstructionError(f"literal of {operand.float_bits} bits in {8 * width}")
         return np.full(self.num_threads, bits & ((1 << 8 * width) - 1), f"u{width}").view(dtype)
 
-    def predicate(self, operand: Operand) -> Callable[[], NDArray[np.bool_]]:
+    def predicate(self, operand: Operand) -> Callable[[], Bools]:
         if isinstance(operand, Not):
             array = self.array(operand.register)
             return lambda: ~array
@@ -136,7 +133,7 @@ class Registers:
         return write
 
 
-def _widening(array: Array, narrow: Any, wide: Any) -> Write:
+def _widening(array: Array, narrow: DType, wide: DType) -> Write:
     view = array.view(wide)
 
     def write(values: Array, mask: Mask) -> None:

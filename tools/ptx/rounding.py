@@ -7,12 +7,11 @@ rounding the exact value would have given (Boldo and Melquiond, "Emulation of FM
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from .arrays import Array, DType
 
 CANONICAL_NAN = {2: 0x7FFF, 4: 0x7FFFFFFF}  # what float instructions return, by size in bytes; f64 keeps payloads
 SMALLEST_NORMAL = {2: np.float64(2.0**-14), 4: np.float64(2.0**-126), 8: np.float64(2.0**-1022)}
@@ -49,7 +48,7 @@ def multiply_add_float32(a: Array, b: Array, c: Array) -> Array:
     return total.astype(np.float32)
 
 
-def round_float(value: Array, dtype: np.dtype, mode: str) -> Array:
+def round_float(value: Array, dtype: DType, mode: str) -> Array:
     """Exact (or odd-rounded) float64 values -> dtype, with PTX's mode rn, rz, rm or rp."""
     nearest = value.astype(dtype)
     if mode == "rn" or dtype == np.float64:
@@ -66,7 +65,8 @@ def round_float(value: Array, dtype: np.dtype, mode: str) -> Array:
 
 def round_to_integer(value: Array, mode: str) -> Array:
     """Float values rounded to an integral value, with PTX's mode rni, rzi, rmi or rpi."""
-    return {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode](value)
+    functions: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+    return functions[mode](value)
 
 
 def flush(value: Array) -> Array:
@@ -77,7 +77,8 @@ def flush(value: Array) -> Array:
 
 def saturate(value: Array) -> Array:
     """Clamped to [0, 1], NaN to +0 (.sat)."""
-    return np.where(np.isnan(value), 0, np.clip(value, 0, 1)).astype(value.dtype) + value.dtype.type(0)
+    clamped: Array = np.where(np.isnan(value), 0, np.clip(value, 0, 1)).astype(value.dtype) + value.dtype.type(0)
+    return clamped
 
 
 def canonical(value: Array) -> Array:

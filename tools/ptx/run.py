@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Array
 from .counters import Counters
 from .machine import Machine
 from .memory import Buffer, GlobalMemory
@@ -27,11 +27,11 @@ class Pointer:
     """An address inside an array: of its element number `offset`, in memory order. For views, such as q of a packed
     qkv: give every argument of one storage the same array."""
 
-    array: NDArray[Any]
+    array: Array
     offset: int = 0
 
 
-Argument = NDArray[Any] | Pointer | int | float | bool | None
+Argument = Array | Pointer | int | float | bool | None
 
 
 def launch(
@@ -144,7 +144,7 @@ def _pack(kernel: Kernel, arguments: Mapping[str, Argument], memory: GlobalMemor
     return data, symbols
 
 
-def _buffer_of(name: str, array: NDArray[Any], memory: GlobalMemory) -> Buffer:
+def _buffer_of(name: str, array: Array, memory: GlobalMemory) -> Buffer:
     """The buffer of an array: one for all arguments that are the same memory."""
     for buffer in memory.buffers:
         if buffer.array.ctypes.data == array.ctypes.data and buffer.size == array.nbytes:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from .arrays import Array, Bools, Mask
 from .definitions import Context, Execute, defines, split, unsupported
 from .faults import ConvergenceError
 from .parser import Instruction, Pair, Sink
-from .registers import Array, Mask
 
 WARP = 32
 
@@ -19,7 +17,8 @@ def converged_warps(mask: Mask, members: Array | None, num_threads: int) -> Arra
 
     Every thread that a mask names must be there, and every thread that is there must be named.
     """
-    active = np.ones(num_threads, np.bool_) if mask is None else mask
+    active: Bools = np.ones(num_threads, np.bool_) if mask is None else mask
+    named: Bools
     if members is None:
         named = np.ones(num_threads, np.bool_)
     else:
@@ -94,7 +93,7 @@ def _vote(instruction: Instruction, context: Context) -> Execute:
         active = np.ones(registers.num_threads, np.bool_) if mask is None else mask
         yes = (predicate() & active).reshape(-1, WARP)
         no = (~predicate() & active).reshape(-1, WARP)
-        result: Any = {
+        result: Array = {
             "all": ~no.any(axis=1),
             "any": yes.any(axis=1),
             "uni": ~(yes.any(axis=1) & no.any(axis=1)),
