@@ -341,3 +341,15 @@ def test_paged_keys_have_no_backward():
     backward, (out, lse) = ops.varlen_attention_backward, results(PAGED)
     with before_engines(), pytest.raises(RuntimeError, match="attention with a block_table is forward only"):
         backward(out, None, out, lse, **PAGED.good)
+
+
+@pytest.mark.parametrize("at", LAYOUTS[:2], ids=lambda at: at.name)
+def test_fake_kernels_refuse_too(at):
+    """As in a graph that is being made, whose tensors have no values."""
+    good = {name: x.to(META) if isinstance(x, torch.Tensor) else x for name, x in at.good.items()}
+    out, lse = (x.to(META) for x in results(at))
+    with pytest.raises(ValueError, match="k must be of q's head_dim, 16, got 8"):
+        at.op(**{**good, "k": at.k(head_dim=8, device=META)})
+    with pytest.raises(ValueError, match="lse must be of shape"):
+        at.backward(out, None, out, lse.mT, **good)
+    assert at.op(**good)[0].shape == at.backward(out, None, out, lse, **good)[0].shape == at.q().shape
