@@ -68,6 +68,20 @@ def _check_values(problem: Problem) -> None:
         validation.packed_values(problem.q, problem.k, problem.packed)
 
 
+def _unknown(argument: Any) -> bool:
+    """A number of which tracing knows no value: a window or a length that is read off a tensor in compiled code."""
+    if not isinstance(argument, torch.SymInt):
+        return False
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # slow to import, and here it is
+
+    return bool(free_unbacked_symbols(argument))
+
+
+def _without_unknown(arguments: tuple[Any, ...]) -> list[Any]:
+    """For fake kernels: shapes depend on no such number, and when the op is called it is checked as any other."""
+    return [0 if _unknown(argument) else argument for argument in arguments]
+
+
 def _double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
     raise RuntimeError("compiled_fa attention can be differentiated once, not twice: its derivatives have none")
 
@@ -98,7 +112,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     @forward.register_fake
     def _(*arguments: Any) -> tuple[Tensor, Tensor]:
         lowering.tell_inductor()
-        problem, _ = make_problem(*arguments)
+        problem, _ = make_problem(*_without_unknown(arguments))
         q, v = problem.q, problem.v
         *leading, seqlen, nheads, _ = q.shape
         lse = q.new_empty((*leading, nheads, seqlen), dtype=problem.lse_dtype)
@@ -118,7 +132,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     def _(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        problem, _ = make_problem(*arguments)
+        problem, _ = make_problem(*_without_unknown(arguments))
         validation.backward(problem, dout, dlse, out, lse)
         q, k, v = arguments[:3]
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -142,7 +156,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
 
     @jvp.register_fake
     def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, _ = make_problem(q, k, v, *arguments[5:])
+        problem, _ = make_problem(q, k, v, *_without_unknown(arguments[5:]))
         validation.jvp(problem, *arguments[:5])
         out, lse = arguments[3:5]
         return out.new_empty(out.shape), lse.new_empty(lse.shape)
@@ -166,11 +180,15 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         return (dq, dk, dv, *nothing)
 
     def forward_in_graph(*arguments: Any) -> Any:
+        if any(map(_unknown, arguments)):
+            return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "forward", engine)
         return NotImplemented if inlined is None else inlined.forward(problem)
 
     def backward_in_graph(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
+        if any(map(_unknown, arguments)):
+            return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "backward", engine) if dlse is None else None
         return NotImplemented if inlined is None else inlined.backward(problem, dout, out, lse)
