@@ -36,6 +36,7 @@ def test_varlen_agrees_with_float64(case):
 @pytest.mark.parametrize("causal", [False, True])
 def test_without_gradient_of_lse(dtype, causal):
     data = make(Case(((40, 70), (33, 33), (50, 20)), heads_per_key=2, dtype=dtype, causal=causal))
+    assert data.dlse is not None
     data.dlse.zero_()
     problem = data.problem()
     out, lse = sdpa_cpu.forward(problem)
