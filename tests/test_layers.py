@@ -49,7 +49,7 @@ def imported(path: Path) -> list[str]:
         if isinstance(node, ast.ImportFrom):
             if node.level:
                 base = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
-            elif (node.module or "").split(".")[0] == "compiled_fa":
+            elif node.module is not None and node.module.split(".")[0] == "compiled_fa":
                 base = node.module.split(".")[1:]
             else:
                 continue
