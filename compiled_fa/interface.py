@@ -8,13 +8,14 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import engines, ops, seed, validation
 from .probabilities import dense_probabilities, varlen_probabilities
+from .problem import Options
 
 # Any is the tuple that return_attn_probs asks for; named, everybody who does not ask for it would have to rule it out.
 Result = Tensor | Any
@@ -83,7 +84,7 @@ def flash_attn_func(
     out, lse = ops.attention(q, k, v, *options, engines.requested())
     if not validation.flag("return_attn_probs", return_attn_probs):
         return out
-    return out, lse, dense_probabilities(q, k, lse, *options) if options[-1] is not None else None
+    return out, lse, dense_probabilities(q, k, lse, *options) if options.dropout_seed is not None else None
 
 
 def flash_attn_kvpacked_func(
@@ -193,7 +194,7 @@ def flash_attn_varlen_func(
     out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
     if not validation.flag("return_attn_probs", return_attn_probs):
         return out
-    return out, lse, varlen_probabilities(q, k, lse, packing, *options) if options[-1] is not None else None
+    return out, lse, varlen_probabilities(q, k, lse, packing, *options) if options.dropout_seed is not None else None
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -326,9 +327,9 @@ def _options(
     window_size: Sequence[int] | Tensor,
     softcap: float | None,
     alibi_slopes: Tensor | None,
-) -> tuple[Any, ...]:
-    """The ops' options, in their order, with a dropout seed drawn from the device's generator where one is needed."""
-    left, right = validation.window_size(window_size)
+) -> Options:
+    """The ops' options, with a dropout seed drawn from the device's generator where one is needed."""
+    left, right = cast("tuple[int, int]", validation.window_size(window_size))  # or symbols of numbers
     scale = None if softmax_scale is None else validation.number("softmax_scale", softmax_scale)
     cap = 0.0 if softcap is None else validation.number("softcap", softcap)
     dropout_p = 0.0 if dropout_p is None else validation.number("dropout_p", dropout_p)
@@ -338,4 +339,5 @@ def _options(
     if dropout_p < NO_DROPOUT:
         dropout_p = 0.0
     dropout_seed = seed.drawn(q, k, v) if dropout_p else None
-    return scale, validation.flag("causal", causal), left, right, cap, alibi_slopes, dropout_p, dropout_seed
+    causal = validation.flag("causal", causal)
+    return Options(scale, causal, left, right, cap, alibi_slopes, dropout_p, dropout_seed)

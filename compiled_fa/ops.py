@@ -17,6 +17,7 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from . import batching, engines, forward_mode, tangent, validation
 from .inductor import lowering
-from .problem import Packed, Problem
+from .problem import Options, Packed, Problem
 
 DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim")
 PACKED = ("total_q, nheads, head_dim", "total_k, nheads_k, head_dim")
@@ -43,9 +44,10 @@ MakeProblem = Callable[..., tuple[Problem, str]]
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem, its options checked, and the name of the engine asked for: the option after the problem's own."""
-    own, engine = options[:8], options[8] if len(options) > 8 else "auto"
+    count = len(Options._fields)
+    own, (engine,) = Options(*options[:count]), options[count:] or ("auto",)
     problem = Problem.of(q, k, v, packed, *own)
-    validation.options(problem, *own[2:4])
+    validation.options(problem, own.window_left, own.window_right)
     return problem, engine
 
 
@@ -57,10 +59,11 @@ def _dense_problem(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Prob
 
 
 def _packed_problem(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Problem, str]:
-    packed = Packed(*arguments[:5])
+    count = len(fields(Packed))
+    packed = Packed(*arguments[:count])
     validation.qkv(q, k, v, PACKED if packed.block_table is None else PAGED)
     validation.packing(q, packed)
-    return _checked(q, k, v, packed, arguments[5:])
+    return _checked(q, k, v, packed, arguments[count:])
 
 
 def _check_values(problem: Problem) -> None:

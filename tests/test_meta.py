@@ -58,7 +58,7 @@ def test_shapes_and_dtypes(function, shapes, packing, lse_shape, probs_shape, op
     for x, gradient in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
         assert (gradient.shape, gradient.dtype, gradient.device.type) == (x.shape, DTYPE, "meta")
     along = tuple(torch.empty_like(x) for x in inputs)
-    _, tangent = torch.func.jvp(lambda *x: function(*x, *packing, **options), tuple(inputs), along)
+    tangent = torch.func.jvp(lambda *x: function(*x, *packing, **options), tuple(inputs), along)[1]
     assert (tangent.shape, tangent.dtype, tangent.device.type) == (out_shape(shapes), DTYPE, "meta")
 
 
