@@ -99,6 +99,20 @@ def test_max_seqlen_may_be_a_tensor():
     assert torch.equal(flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest), expected)
 
 
+@pytest.mark.parametrize("page_size", [0, 4])
+def test_max_seqlen_as_a_tensor_in_a_graph(page_size):
+    """It cannot be read there: the number of rows bounds it, in pages that of the rows that they hold."""
+    data = make(Case(((1, 33), (3, 7)), page_size=page_size))
+    k, v, table = data.pages() if page_size else (data.k, data.v, None)
+    longest = [torch.tensor(n) for n in (data.case.max_seqlen_q, data.case.max_seqlen_k)]
+
+    def attend(longest_q, longest_k):
+        return flash_attn_varlen_func(data.q, k, v, *data.cu_seqlens, longest_q, longest_k, block_table=table)
+
+    in_graph = torch.compile(attend, fullgraph=True, backend="eager")
+    assert torch.allclose(in_graph(*longest), attend(*longest), atol=1e-6)
+
+
 def test_return_attn_probs_without_dropout():
     q, k, v = dense()
     out, lse, probs = flash_attn_func(q, k, v, return_attn_probs=True)
@@ -214,6 +228,15 @@ def test_dtypes_and_head_dims_of_v():
         assert out.dtype == dtype
         assert out.shape == (1, 6, 2, 9)
         assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_autocast_leaves_fp64_and_integers_as_they_are():
+    q, k, v = (x.double() for x in dense())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(flash_attn_func(q, k, v), flash_attn_func(q, k, v.clone()))
+        assert flash_attn_func(q, k, v).dtype == torch.float64
+        with pytest.raises(TypeError, match=r"q must be float16, .*, got torch.int64"):
+            flash_attn_func(q.long(), k, v)
 
 
 def test_lse_is_a_natural_logarithm():
