@@ -3,6 +3,7 @@
     interface.py      the six functions: what people call
     ops.py            torch.ops.compiled_fa.*: what torch.compile and autograd see
     validation.py     every check of an argument
+    seed.py           dropout's seed; forward_mode.py, tangent.py: forward-mode AD; batching.py: torch.func.vmap
     engines/          who computes: fused (one Triton kernel each way, on CUDA), sdpa_cpu (PyTorch's kernel, on a CPU),
                       tiled (anything, anywhere)
     inductor.py       graphs compiled by Inductor and called without guards
@@ -10,6 +11,7 @@
     warmup.py         compiling ahead; progress.py: what a terminal is told meanwhile
     hardware.py       what this machine's processor does well; memory.py: how its system gives memory fast
     untiled.py        which calls on a CPU need no tiles
+    without_numpy.py  torch, imported quietly
     turing/           tensor cores on Turing for every Triton kernel of the process
     scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
 
@@ -17,6 +19,7 @@ Shape letters, here and everywhere: B batch, Sq and Sk lengths, H and Hk query a
 v, T total tokens of packed sequences.
 """
 
+from . import without_numpy as without_numpy  # before all that imports torch
 from .engines import use_engine
 from .interface import (
     flash_attn_func,
