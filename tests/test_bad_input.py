@@ -173,8 +173,8 @@ def of_the_packing(at: Layout) -> list[Row]:
 
 
 def of_the_pages(at: Layout) -> list[Row]:
-    int32 = {"dtype": torch.int32}
-    last = torch.tensor([[0, 0], [0, -1]], **int32)
+    int32: dict[str, Any] = {"dtype": torch.int32}
+    last = torch.tensor([[0, 0], [0, -1]], dtype=torch.int32)
     return [
         ({"block_table": rows(2, 2)}, TypeError, "block_table must be of dtype int32, got torch.float32"),
         ({"block_table": rows(4, **int32)}, ValueError, "block_table must be (batch, max_num_blocks_per_seq), got shape (4,)"),
@@ -275,16 +275,18 @@ def forward_op(at: Layout) -> Callable[..., Any]:
 
 
 def backward_op(at: Layout) -> Callable[..., Any]:
+    backward, (out, lse) = at.backward, results(at)
+    assert backward is not None
+
     def call(**arguments):
-        out, lse = results(at)
-        return at.backward(**{"dout": out, "dlse": None, "out": out, "lse": lse, **to_op(arguments)})
+        return backward(**{"dout": out, "dlse": None, "out": out, "lse": lse, **to_op(arguments)})
 
     return call
 
 
 def matrix() -> list[Any]:
     """Function or op, good arguments, bad ones, error, message."""
-    found = [("packed", *row) for row in PACKED]
+    found: list[tuple[Any, ...]] = [("packed", *row) for row in PACKED]
     for at in LAYOUTS:
         common = everywhere(at) + (of_the_batch(at) if at is DENSE else of_the_packing(at))
         common += of_the_pages(at) if at is PAGED else []

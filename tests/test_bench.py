@@ -15,7 +15,7 @@ import torch
 
 from bench import __main__ as command
 from bench import first_use, peers, plot, processes, records
-from bench.cases import Case, Inputs
+from bench.cases import Case, Direction, Inputs
 from bench.peers import Peer
 from bench.race import race
 from bench.suites import BOTH, RACES, memory
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 COMPILERS = ("flex",)  # peers that take seconds to compile; one case of theirs is tested by itself
 
 
-def run(case: Case, direction: str = "forward", names: tuple[str, ...] = ("ours",)) -> dict[str, Any]:
+def run(case: Case, direction: Direction = "forward", names: tuple[str, ...] = ("ours",)) -> dict[str, Any]:
     return {outcome.peer: outcome for outcome in race(case, direction, names, CPU, rounds=1)}
 
 
