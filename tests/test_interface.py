@@ -1,6 +1,7 @@
 """The six functions: flash_attn's signatures, and every argument at work."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -244,6 +245,24 @@ def test_lse_is_a_natural_logarithm():
     q, k, v = (data.batched(x) for x in (data.q, data.k, data.v))
     lse = flash_attn_func(q, k, v, return_attn_probs=True)[1]
     assert torch.allclose(lse[0], run_naive(data, torch.float64)["lse"].float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("slopes", [(4,), (2, 4)], ids=str)
+def test_what_vmap_shares_is_not_mapped(slopes):
+    """alibi_slopes of either shape and the dropout seed are those of every mapped call; to map them is refused."""
+    q, k, v = torch.randn(3, 2, 7, 4, 8), torch.randn(3, 2, 9, 2, 8), torch.randn(3, 2, 9, 2, 8)
+    slopes, seed = torch.rand(slopes), torch.tensor([7])
+
+    def attend(q, k, v, slopes=slopes, **dropout):
+        return compiled_fa.ops.attention(q, k, v, alibi_slopes=slopes, **dropout)[0]
+
+    found = torch.func.vmap(attend)(q, k, v)
+    assert torch.allclose(found, torch.stack([attend(q[n], k[n], v[n]) for n in range(3)]), atol=1e-6)
+    dropping = partial(attend, dropout_p=0.5, dropout_seed=seed)
+    first = torch.func.vmap(dropping)(q, k, v)[0]
+    assert torch.allclose(first, dropping(q[0], k[0], v[0]), atol=1e-6)
+    with pytest.raises(NotImplementedError, match="alibi_slopes and dropout_seed are shared by all of them"):
+        torch.func.vmap(attend)(q, k, v, slopes.expand(3, *slopes.shape))
 
 
 def test_engine_by_name(monkeypatch):

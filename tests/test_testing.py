@@ -6,7 +6,7 @@ from hypothesis import given
 from on_cpu import examples
 from support import RESULTS, Case, cases, check_against_float64, make, packed, replace, run_function, run_naive, run_op
 
-from compiled_fa.testing.budget import Expected, error, expected
+from compiled_fa.testing.budget import Expected, budget, error, expected, magnitudes
 
 MANY = Case(((9, 20), (0, 3), (5, 0), (33, 30)), heads_per_key=2, slopes="batch", causal=True, dropout_p=0.3)
 
@@ -33,6 +33,21 @@ def test_infinities_must_be_the_same():
     assert error(minus, minus) == 0.0
     assert error(minus, -minus) == torch.inf
     assert error(torch.tensor([torch.nan, 0.0]), minus) == torch.inf
+
+
+def test_the_budget_is_what_it_is():
+    """Worked out by hand: a budget that grows unseen lets everything pass."""
+    data = make(Case(((2, 3),), nheads_k=1, head_dim=4, head_dim_v=4, softmax_scale=-0.1, dropout_p=0.5))
+    for name, value in {"q": 1.0, "k": -0.5, "v": 3.0, "dout": 2.0, "dlse": 0.25}.items():  # norms 2, 1, 6, 4
+        getattr(data, name).fill_(value)
+    dscore = (4 * 6 / 0.5 + 0.25) * 1.2
+    walk = 2**0.5
+    wanted = {"out": 7.2, "lse": 1.2, "dq": 0.05 * dscore, "dk": 0.1 * dscore * walk, "dv": 4.8 * walk}
+    assert magnitudes(data) == pytest.approx(wanted)
+    exact = torch.tensor([16.0, -torch.inf])
+    naive = torch.tensor([15.0, -torch.inf], dtype=torch.float16)
+    assert budget(naive, exact, 3.0) == pytest.approx(2.0 * 1.0 + 2.0**-10 * 16.0 + 8 * 2.0**-23 * 3.0, rel=1e-9)
+    assert budget(naive[:0], exact[:0], 3.0) == pytest.approx(8 * 2.0**-23 * 3.0)
 
 
 def test_where_naive_attention_overflows_not_everything_passes():
