@@ -47,6 +47,13 @@ def refuse(*ops: Any) -> None:
         _register(op, None)
 
 
+def differentiated(x: Tensor) -> str | None:
+    """What x has that asks for a derivative, in words; None: nothing."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return "a tensor that requires gradients"
+    return "a tensor with a tangent" if forward_ad.unpack_dual(x, level=0).tangent is not None else None
+
+
 def _raise(op: Any, tangents: Sequence[Tensor | None]) -> NoReturn:
     parameters = zip(op._opoverload._schema.arguments, tangents, strict=False)
     *_, name = (parameter.name for parameter, tangent in parameters if tangent is not None)

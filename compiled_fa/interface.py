@@ -8,13 +8,14 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import engines, ops, seed, validation
 from .probabilities import dense_probabilities, varlen_probabilities
+from .problem import Options
 
 # Any is the tuple that return_attn_probs asks for; named, everybody who does not ask for it would have to rule it out.
 Result = Tensor | Any
@@ -27,7 +28,7 @@ def flash_attn_func(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int] | Tensor = (-1, -1),
@@ -52,7 +53,8 @@ def flash_attn_func(
         q: (B, Sq, H, D), fp16, bf16, fp32 or fp64; D from 1 to 512.
         k: (B, Sk, Hk, D); H is a multiple of Hk, and query head h reads key head h // (H / Hk).
         v: (B, Sk, Hk, Dv); Dv may differ from D.
-        dropout_p: probability to drop an attention probability, in [0, 1). torch.manual_seed governs the choice.
+        dropout_p: probability to drop an attention probability, in [0, 1); None: 0. torch.manual_seed governs
+            the choice.
         softmax_scale: factor of q kᵀ; None: 1 / sqrt(D).
         causal: a query sees no key after its position.
         window_size: (left, right): a query sees keys from position - left to position + right; -1: unbounded.
@@ -80,15 +82,15 @@ def flash_attn_func(
     out: Tensor
     lse: Tensor
     out, lse = ops.attention(q, k, v, *options, engines.requested())
-    if not return_attn_probs:
+    if not validation.flag("return_attn_probs", return_attn_probs):
         return out
-    return out, lse, dense_probabilities(q, k, lse, *options) if options[-1] is not None else None
+    return out, lse, dense_probabilities(q, k, lse, *options) if options.dropout_seed is not None else None
 
 
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int] | Tensor = (-1, -1),
@@ -111,7 +113,7 @@ def flash_attn_kvpacked_func(
 
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int] | Tensor = (-1, -1),
@@ -140,7 +142,7 @@ def flash_attn_varlen_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | Tensor,
     max_seqlen_k: int | Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int] | Tensor = (-1, -1),
@@ -175,6 +177,8 @@ def flash_attn_varlen_func(
     Source: flash_attn.flash_attn_varlen_func.
     """
     _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if block_table is not None:
+        _check_tensors(block_table=block_table)
     q, k, v = _autocast(q, k, v)
     paged = block_table is not None
     packing = (
@@ -188,9 +192,9 @@ def flash_attn_varlen_func(
     out: Tensor
     lse: Tensor
     out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
-    if not return_attn_probs:
+    if not validation.flag("return_attn_probs", return_attn_probs):
         return out
-    return out, lse, varlen_probabilities(q, k, lse, packing, *options) if options[-1] is not None else None
+    return out, lse, varlen_probabilities(q, k, lse, packing, *options) if options.dropout_seed is not None else None
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -200,7 +204,7 @@ def flash_attn_varlen_kvpacked_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | Tensor,
     max_seqlen_k: int | Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int] | Tensor = (-1, -1),
@@ -239,7 +243,7 @@ def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int | Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int] | Tensor = (-1, -1),
@@ -291,40 +295,49 @@ def _unpacked(argument: str, packed: Tensor, dims: str, parts: int) -> tuple[Ten
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast all three take its dtype, as F.scaled_dot_product_attention's do; fp64 stays."""
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which has no autocast, and asked for it raises
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     q, k, v = (x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in (q, k, v))
     return q, k, v
 
 
-def _length(argument: str, length: int | Tensor, total: int) -> int:
-    """A length as an int. To read it off another device would wait for that device; the total bounds it as well."""
-    if not isinstance(length, Tensor):
-        validation.length(argument, length)
-        return length
-    if length.numel() != 1:
-        validation.refuse(argument, "an int or a tensor of one element", f"shape {tuple(length.shape)}")
-    return total if torch.compiler.is_compiling() or length.device.type != "cpu" else int(length)
+def _length(argument: str, length: Any, total: int) -> int | torch.SymInt:
+    """A length as an int. To read it off another device would wait for that device, and to read it in compiled code
+    would make it a symbol; the total bounds it as well."""
+    if isinstance(length, Tensor):
+        if length.numel() != 1:
+            validation.refuse(argument, "an int or a tensor of one element", f"shape {tuple(length.shape)}")
+        if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
+            validation.refuse(argument, "an int or a tensor of one integer", length.dtype, TypeError)
+        if length.device.type != "cpu":
+            return total
+    if torch.compiler.is_compiling() and not isinstance(length, (int, torch.SymInt)) and hasattr(length, "tolist"):
+        return total  # NumPy's numbers, too, are tensors there
+    return validation.length(argument, length)
 
 
 def _options(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dropout_p: float,
+    dropout_p: float | None,
     softmax_scale: float | None,
     causal: bool,
     window_size: Sequence[int] | Tensor,
     softcap: float | None,
     alibi_slopes: Tensor | None,
-) -> tuple[float | None, bool, int, int, float, Tensor | None, float, Tensor | None]:
-    """The ops' options, in their order, with a dropout seed drawn from the device's generator where one is needed."""
-    left, right = validation.window_size(window_size)
+) -> Options:
+    """The ops' options, with a dropout seed drawn from the device's generator where one is needed."""
+    left, right = cast("tuple[int, int]", validation.window_size(window_size))  # or symbols of numbers
+    scale = None if softmax_scale is None else validation.number("softmax_scale", softmax_scale)
+    cap = 0.0 if softcap is None else validation.number("softcap", softcap)
+    dropout_p = 0.0 if dropout_p is None else validation.number("dropout_p", dropout_p)
     validation.dropout_probability(dropout_p)
     if alibi_slopes is not None:
         _check_tensors(alibi_slopes=alibi_slopes)
     if dropout_p < NO_DROPOUT:
         dropout_p = 0.0
     dropout_seed = seed.drawn(q, k, v) if dropout_p else None
-    return softmax_scale, causal, left, right, softcap or 0.0, alibi_slopes, dropout_p, dropout_seed
+    causal = validation.flag("causal", causal)
+    return Options(scale, causal, left, right, cap, alibi_slopes, dropout_p, dropout_seed)

@@ -17,6 +17,7 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from . import batching, engines, forward_mode, tangent, validation
 from .inductor import lowering
-from .problem import Packed, Problem
+from .problem import Options, Packed, Problem
 
 DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim")
 PACKED = ("total_q, nheads, head_dim", "total_k, nheads_k, head_dim")
@@ -43,9 +44,10 @@ MakeProblem = Callable[..., tuple[Problem, str]]
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem, its options checked, and the name of the engine asked for: the option after the problem's own."""
-    own, engine = options[:8], options[8] if len(options) > 8 else "auto"
+    count = len(Options._fields)
+    own, (engine,) = Options(*options[:count]), options[count:] or ("auto",)
     problem = Problem.of(q, k, v, packed, *own)
-    validation.options(problem, *own[2:4])
+    validation.options(problem, own.window_left, own.window_right)
     return problem, engine
 
 
@@ -57,15 +59,30 @@ def _dense_problem(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Prob
 
 
 def _packed_problem(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Problem, str]:
-    packed = Packed(*arguments[:5])
+    count = len(fields(Packed))
+    packed = Packed(*arguments[:count])
     validation.qkv(q, k, v, PACKED if packed.block_table is None else PAGED)
     validation.packing(q, packed)
-    return _checked(q, k, v, packed, arguments[5:])
+    return _checked(q, k, v, packed, arguments[count:])
 
 
 def _check_values(problem: Problem) -> None:
     if problem.packed is not None:
         validation.packed_values(problem.q, problem.k, problem.packed)
+
+
+def _unknown(argument: Any) -> bool:
+    """A number of which tracing knows no value: a window or a length that is read off a tensor in compiled code."""
+    if not isinstance(argument, torch.SymInt):
+        return False
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # slow to import, and here it is
+
+    return bool(free_unbacked_symbols(argument))
+
+
+def _without_unknown(arguments: tuple[Any, ...]) -> list[Any]:
+    """For fake kernels: shapes depend on no such number, and when the op is called it is checked as any other."""
+    return [0 if _unknown(argument) else argument for argument in arguments]
 
 
 def _double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
@@ -98,7 +115,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     @forward.register_fake
     def _(*arguments: Any) -> tuple[Tensor, Tensor]:
         lowering.tell_inductor()
-        problem, _ = make_problem(*arguments)
+        problem, _ = make_problem(*_without_unknown(arguments))
         q, v = problem.q, problem.v
         *leading, seqlen, nheads, _ = q.shape
         lse = q.new_empty((*leading, nheads, seqlen), dtype=problem.lse_dtype)
@@ -118,7 +135,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     def _(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        problem, _ = make_problem(*arguments)
+        problem, _ = make_problem(*_without_unknown(arguments))
         validation.backward(problem, dout, dlse, out, lse)
         q, k, v = arguments[:3]
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -142,7 +159,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
 
     @jvp.register_fake
     def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, _ = make_problem(q, k, v, *arguments[5:])
+        problem, _ = make_problem(q, k, v, *_without_unknown(arguments[5:]))
         validation.jvp(problem, *arguments[:5])
         out, lse = arguments[3:5]
         return out.new_empty(out.shape), lse.new_empty(lse.shape)
@@ -166,11 +183,15 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         return (dq, dk, dv, *nothing)
 
     def forward_in_graph(*arguments: Any) -> Any:
+        if any(map(_unknown, arguments)):
+            return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "forward", engine)
         return NotImplemented if inlined is None else inlined.forward(problem)
 
     def backward_in_graph(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
+        if any(map(_unknown, arguments)):
+            return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "backward", engine) if dlse is None else None
         return NotImplemented if inlined is None else inlined.backward(problem, dout, out, lse)

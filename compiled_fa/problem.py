@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,19 @@ def once_a_call(function: Callable[[Problem], Found]) -> Callable[[Problem], Fou
         return found
 
     return remembered
+
+
+class Options(NamedTuple):
+    """What the ops take besides tensors and where they lie, in their order. Defaults: the schema's."""
+
+    softmax_scale: float | None = None
+    causal: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
 
 
 @dataclass(frozen=True)

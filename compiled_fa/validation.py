@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import config
+from . import config, forward_mode
 from .problem import Packed, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -61,22 +61,68 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, str]) -> None:
         refuse("k", f"of a number of heads that divides q's {nheads}", nheads_k)
 
 
-def length(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def _scalar(value: Any) -> Any:
+    """The Python number in a tensor or array of one element, or a NumPy number; anything else as it is."""
+    if isinstance(value, (int, float, torch.SymInt)) or not hasattr(value, "tolist"):
+        return value
+    if isinstance(value, Tensor) and (value.is_meta or value.numel() != 1):
+        return value
+    found = value.tolist()
+    while isinstance(found, list) and len(found) == 1:
+        (found,) = found
+    return found
+
+
+def _known(argument: str, wanted: str, value: Any) -> None:
+    """Compiled code is made for one value of it."""
+    if torch.compiler.is_compiling() and hasattr(value, "tolist"):
+        refuse(argument, f"{wanted} known when it is compiled", "a tensor or an array", TypeError)
+
+
+def number(argument: str, value: Any) -> float:
+    """A number in any form. Nothing differentiates it."""
+    if isinstance(value, (float, int)):
+        return value
+    if isinstance(value, Tensor) and (differentiated := forward_mode.differentiated(value)) is not None:
+        refuse(argument, "a number that nothing differentiates", differentiated)
+    _known(argument, "a number", value)
+    found = _scalar(value)
+    if not isinstance(found, (float, int)):
+        refuse(argument, "a number", repr(value), TypeError)
+    return found
+
+
+def flag(argument: str, value: Any) -> bool:
+    """A truth value in any form; None: false."""
+    if isinstance(value, bool):
+        return value
+    _known(argument, "a bool", value)
+    found = _scalar(value)
+    if not (found is None or isinstance(found, (bool, int, float))):
+        refuse(argument, "a bool", repr(value), TypeError)
+    return bool(found)
+
+
+def length(argument: str, value: Any) -> int | torch.SymInt:
+    found = _scalar(value)
+    if isinstance(found, bool) or not isinstance(found, (int, torch.SymInt)):
         refuse(argument, "an int or a tensor of one element", repr(value), TypeError)
+    return found
 
 
-def window_size(value: Any) -> tuple[int, int]:
+def window_size(value: Any) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     """(left, right) of a pair of integers in any form."""
     wanted = "two integers, (left, right)"
-    sides = value.tolist() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor) and value.is_meta:
+        refuse("window_size", wanted, "a meta tensor, which has no values")
+    sides = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(sides, (tuple, list)):
         refuse("window_size", wanted, value, TypeError)
     if len(sides) != 2:
         refuse("window_size", wanted, value)
-    if not all(isinstance(side, (int, torch.SymInt)) for side in sides):
+    left, right = (_scalar(side) for side in sides)
+    if not (isinstance(left, (int, torch.SymInt)) and isinstance(right, (int, torch.SymInt))):
         refuse("window_size", wanted, value, TypeError)
-    left, right = sides
     return left, right
 
 
@@ -101,9 +147,9 @@ def options(problem: Problem, window_left: int = -1, window_right: int = -1) -> 
     if not (math.isfinite(softcap) and softcap >= 0.0):
         refuse("softcap", "finite and at least 0 (0: none)", softcap)
     dropout_probability(dropout_p)
-    if dropout_p > 0.0:
-        if dropout_seed is None:
-            refuse("dropout_seed", "an int64 tensor of one element where dropout_p > 0", None)
+    if dropout_p > 0.0 and dropout_seed is None:
+        refuse("dropout_seed", "an int64 tensor of one element where dropout_p > 0", None)
+    if dropout_seed is not None:
         if dropout_seed.dtype != torch.int64:
             refuse("dropout_seed", "of dtype int64", dropout_seed.dtype, TypeError)
         if dropout_seed.numel() != 1:
@@ -197,6 +243,8 @@ def _lengths(argument: str, sums: list[int], name_of_bound: str, bound: int) -> 
 
 def _given(problem: Problem, argument: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """A result of the call that a derivative is taken of, or a derivative."""
+    if not isinstance(given, Tensor):  # the dispatcher lets None through
+        refuse(argument, "a tensor", type(given).__name__, TypeError)
     if tuple(given.shape) != shape:
         refuse(argument, f"of shape {shape}", tuple(given.shape))
     if given.dtype != dtype:
@@ -210,20 +258,19 @@ def _given(problem: Problem, argument: str, given: Tensor, shape: tuple[int, ...
         refuse(argument, f"on q's device, {problem.q.device}", given.device)
 
 
-def _results(problem: Problem, like_out: dict[str, Tensor], like_lse: dict[str, Tensor | None]) -> None:
+def _results(problem: Problem, like_out: dict[str, Tensor], like_lse: dict[str, Tensor]) -> None:
     q, v = problem.q, problem.v
     for argument, given in like_out.items():
         _given(problem, argument, given, (*q.shape[:-1], v.shape[-1]), q.dtype)
-    for argument, one_per_row in like_lse.items():
-        if one_per_row is not None:
-            _given(problem, argument, one_per_row, (*q.shape[:-3], q.shape[-2], q.shape[-3]), problem.lse_dtype)
+    for argument, given in like_lse.items():
+        _given(problem, argument, given, (*q.shape[:-3], q.shape[-2], q.shape[-3]), problem.lse_dtype)
 
 
 def backward(problem: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """What a backward op is given besides its forward's arguments."""
     if problem.packed is not None and problem.packed.block_table is not None:
         raise RuntimeError("attention with a block_table is forward only: paged keys and values have no gradient")
-    _results(problem, {"dout": dout, "out": out}, {"lse": lse, "dlse": dlse})
+    _results(problem, {"dout": dout, "out": out}, {"lse": lse} if dlse is None else {"lse": lse, "dlse": dlse})
 
 
 def jvp(problem: Problem, q_tangent: Tensor, k_tangent: Tensor, v_tangent: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -26,8 +26,8 @@ class Auto:
     @staticmethod
     def _arguments(problem):
         left, right = (-1 if side is None else side for side in problem.window)
-        options = (problem.softmax_scale, False, left, right, problem.softcap, problem.alibi_slopes)
-        options += (problem.dropout_p, problem.dropout_seed)
+        scores = problem.softmax_scale, False, left, right, problem.softcap, problem.alibi_slopes
+        options = (*scores, problem.dropout_p, problem.dropout_seed)
         if problem.packed is None:
             return ops.attention, ops.attention_backward, (problem.q, problem.k, problem.v, *options)
         p = problem.packed
@@ -132,4 +132,4 @@ def every_engine(dense: bool):
 
 def examples(part: int):
     """This part of the profile's number of examples, for a test that every engine runs."""
-    return settings(max_examples=max(1, settings.default.max_examples // part))
+    return settings(max_examples=max(1, settings().max_examples // part))

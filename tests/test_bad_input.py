@@ -173,7 +173,7 @@ def of_the_packing(at: Layout) -> list[Row]:
 
 
 def of_the_pages(at: Layout) -> list[Row]:
-    int32 = {"dtype": torch.int32}
+    int32: dict[str, Any] = {"dtype": torch.int32}
     last = torch.tensor([[0, 0], [0, -1]], **int32)
     return [
         ({"block_table": rows(2, 2)}, TypeError, "block_table must be of dtype int32, got torch.float32"),
@@ -236,7 +236,7 @@ def of_backward(at: Layout) -> list[Row]:
     ]
 
 
-PACKED = [
+PACKED: list[tuple[Any, dict[str, Any], dict[str, Any], type[Exception], str]] = [
     (flash_attn_kvpacked_func, {"q": DENSE.q()}, {"kv": rows(2, 6, 3, 2, 16)}, ValueError,
      "kv must be (batch, seqlen_k, 2, nheads_k, head_dim), got shape (2, 6, 3, 2, 16)"),
     (flash_attn_kvpacked_func, {"q": DENSE.q()}, {"kv": 7}, TypeError, "kv must be a tensor (batch, seqlen_k, 2, nheads_k, head_dim), got int"),
@@ -275,16 +275,19 @@ def forward_op(at: Layout) -> Callable[..., Any]:
 
 
 def backward_op(at: Layout) -> Callable[..., Any]:
+    backward = at.backward
+    assert backward is not None
+
     def call(**arguments):
         out, lse = results(at)
-        return at.backward(**{"dout": out, "dlse": None, "out": out, "lse": lse, **to_op(arguments)})
+        return backward(**{"dout": out, "dlse": None, "out": out, "lse": lse, **to_op(arguments)})
 
     return call
 
 
 def matrix() -> list[Any]:
     """Function or op, good arguments, bad ones, error, message."""
-    found = [("packed", *row) for row in PACKED]
+    found: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [("packed", *row) for row in PACKED]
     for at in LAYOUTS:
         common = everywhere(at) + (of_the_batch(at) if at is DENSE else of_the_packing(at))
         common += of_the_pages(at) if at is PAGED else []
@@ -293,7 +296,10 @@ def matrix() -> list[Any]:
             callers.append(("backward op", backward_op(at), of_ops(at) + of_backward(at)))
         for name, caller, more in callers:
             found += [(f"{at.name} {name}", caller, at.good, *row) for row in common + more]
-    return [pytest.param(*row, id=f"{name}-{'+'.join(row[2])}-{number}") for number, (name, *row) in enumerate(found)]
+    return [
+        pytest.param(caller, good, bad, *wanted, id=f"{name}-{'+'.join(bad)}-{number}")
+        for number, (name, caller, good, bad, *wanted) in enumerate(found)
+    ]
 
 
 def written(tensors: dict[str, torch.Tensor]) -> list[Any]:

@@ -16,7 +16,7 @@ import torch
 
 from bench import __main__ as command
 from bench import first_use, peers, plot, processes, records
-from bench.cases import Case, Inputs
+from bench.cases import Case, Direction, Inputs
 from bench.peers import Peer
 from bench.race import race
 from bench.suites import BOTH, RACES, memory
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 COMPILERS = ("flex",)  # peers that take seconds to compile; one case of theirs is tested by itself
 
 
-def run(case: Case, direction: str = "forward", names: tuple[str, ...] = ("ours",)) -> dict[str, Any]:
+def run(case: Case, direction: Direction = "forward", names: tuple[str, ...] = ("ours",)) -> dict[str, Any]:
     return {outcome.peer: outcome for outcome in race(case, direction, names, CPU, rounds=1)}
 
 
@@ -257,16 +257,16 @@ def test_plot_of_ratios(tmp_path):
     pytest.importorskip("matplotlib")
     packed = [5, 7]
     cases = [
-        ("dense", Case.dense(2048, causal=True), "SDPA", 0.25),
-        ("short", Case.dense(64, compiled=True), "SDPA", 1.75),
-        ("short", Case.dense(64), "SDPA", 1.5),
+        ("dense", Case.uniform(2048, causal=True), "SDPA", 0.25),
+        ("short", Case.uniform(64, compiled=True), "SDPA", 1.75),
+        ("short", Case.uniform(64), "SDPA", 1.5),
         ("varlen", Case.packed(packed), "SDPA loop", 0.125),
-        ("variants", Case.dense(96, softcap=30.0), "naive", 0.375),
-        ("decode", Case(((1, 1024),), nheads=16, nheads_k=4), "SDPA", 2.25),
+        ("variants", Case.uniform(96, softcap=30.0), "naive", 0.375),
+        ("decode", Case(((1, 1024),), dense=True, nheads_k=4, heads_per_key=4), "SDPA", 2.25),
     ]
     lines = []
     for suite, case, peer, ratio in cases:
-        direction = "forward+backward" if suite == "dense" else "forward"
+        direction: Direction = "forward+backward" if suite == "dense" else "forward"
         common = records.circumstances(CPU) | records.described(case, direction) | {"suite": suite, "status": "timed"}
         for name, seconds in (("ours", ratio), (peer, 1.0)):
             lines.append(common | {"peer": name, "median_s": seconds, "iqr_s": 0.0, "tflops": 1.0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, permutations
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +26,15 @@ def of_this_test(monkeypatch):
 
 
 def test_the_least_recently_used_goes_first(of_this_test):
-    cache = Cache("a test's", entries=2)
+    cache: Cache[str, str] = Cache("a test's", entries=2)
     made = []
 
     def get(key):
-        return cache.get(key, lambda: made.append(key) or key.upper())
+        def make():
+            made.append(key)
+            return key.upper()
+
+        return cache.get(key, make)
 
     assert [get(key) for key in "abab"] == list("ABAB")
     get("a")
@@ -45,25 +50,25 @@ def test_the_least_recently_used_goes_first(of_this_test):
 
 
 def test_bytes_are_bounded(of_this_test):
-    cache = Cache("a test's", entries=9, nbytes=1000, size_of=lambda x: x.nbytes)
+    cache: Cache[Any, torch.Tensor] = Cache("a test's", entries=9, nbytes=1000, size_of=lambda x: x.nbytes)
     for number in range(5):
         cache.get(number, lambda: torch.zeros(100))
         assert cache.nbytes <= 1000
     assert len(cache) == 2
     large = cache.get("large", lambda: torch.zeros(1000))  # itself more than fits: kept alone, until the next one
     assert len(cache) == 1
-    assert cache.get("large", lambda: None) is large
+    assert cache.get("large", lambda: torch.zeros(1)) is large
 
 
 def test_an_error_reaches_all_and_is_not_kept(of_this_test):
-    cache = Cache("a test's", entries=2)
+    cache: Cache[str, float] = Cache("a test's", entries=2)
     with pytest.raises(ZeroDivisionError):
         cache.get("x", lambda: 1 // 0)
     assert cache.get("x", lambda: 7) == 7
 
 
 def test_one_makes_it_and_who_needs_another_does_not_wait(of_this_test):
-    cache = Cache("a test's", entries=4)
+    cache: Cache[str, str] = Cache("a test's", entries=4)
     begun, finish, made = threading.Event(), threading.Event(), []
 
     def slowly():
@@ -117,19 +122,15 @@ def test_compiling_one_kernel_does_not_hold_up_another(compiled_steps, monkeypat
 def test_kernels_compiled_at_once_are_right(compiled_steps):
     """Six pieces of code by six threads; each with its own options for Inductor."""
     STEPS.clear()
-    cases = [
-        Case(((50, 70), (3, 9)), seed=seed, dtype=dtype, **options)
-        for seed, (dtype, options) in enumerate(
-            [
-                (torch.float32, {"causal": True}),
-                (torch.float32, {"softcap": 3.0}),
-                (torch.float64, {"slopes": "heads"}),
-                (torch.float32, {"dropout_p": 0.3}),
-                (torch.float64, {"softcap": 2.0, "causal": True}),
-                (torch.float32, {"slopes": "batch", "softcap": 5.0}),
-            ]
-        )
+    kinds: list[tuple[torch.dtype, dict[str, Any]]] = [
+        (torch.float32, {"causal": True}),
+        (torch.float32, {"softcap": 3.0}),
+        (torch.float64, {"slopes": "heads"}),
+        (torch.float32, {"dropout_p": 0.3}),
+        (torch.float64, {"softcap": 2.0, "causal": True}),
+        (torch.float32, {"slopes": "batch", "softcap": 5.0}),
     ]
+    cases = [Case(((50, 70), (3, 9)), seed=seed, dtype=dtype, **options) for seed, (dtype, options) in enumerate(kinds)]
 
     def results(case):
         data = make(case)
@@ -211,6 +212,7 @@ def test_plans_made_in_inference_mode_serve_others(monkeypatch, compiled_steps, 
     out = flash_attn_varlen_func(q, k, v, *arguments)
     assert torch.equal(out.detach(), expected)
     out.sum().backward()
+    assert q.grad is not None
     assert q.grad.isfinite().all()
 
 
@@ -225,6 +227,7 @@ def test_a_compiled_model_after_inference_mode():
         compiled(x.clone())
     trained = x.clone().requires_grad_()
     compiled(trained).sum().backward()
+    assert trained.grad is not None
     assert torch.allclose(trained.grad, torch.ones_like(x))  # each query sees itself alone: out is v
 
 

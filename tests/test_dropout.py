@@ -100,3 +100,26 @@ def test_expectation_is_attention_without_dropout():
     outs = torch.stack([flash_attn_func(q, k, v, dropout_p=0.4) for _ in range(4000)])
     deviation = outs.std(0) / math.sqrt(4000)
     assert ((outs.mean(0) - flash_attn_func(q, k, v)).abs() <= SIGMAS * deviation).all()
+
+
+def hashed(x):
+    """lowbias32 on unsigned integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.sampled_from([0.01, 0.5, 0.9]), st.data())
+def test_decisions_are_those_of_every_version(seed, p, drawn):
+    """The construction of scores/dropout.py, on Python's integers: a seed must drop tomorrow what it drops today."""
+    batch, head, i, j = (drawn.draw(st.integers(0, 5)) for _ in range(4))
+    low, high = hashed(seed % 2**32), hashed(seed % 2**64 >> 32 ^ 0x9E3779B9)
+    for index in (batch, head, i):
+        low = hashed((low + index) % 2**32)
+        high = hashed((high + low) % 2**32)
+    element = hashed((hashed((low + j) % 2**32) + high) % 2**32)
+    signed = element - 2**32 if element >= 2**31 else element
+    kept = keep_decisions(torch.tensor([seed]), p, 1, 1, 1, j + 1, (batch, head, i))[0, 0, 0, j]
+    assert bool(kept) == (signed + 2**31 >= round(p * 2**32))

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from types import SimpleNamespace
@@ -24,7 +25,8 @@ class Terminal(io.StringIO):
 
 def waited(monkeypatch, terminal, is_compiling, looks=4, seconds_a_look=1.0):
     """result_of a future that is done after some looks at it, which take time by a clock of their own."""
-    future, now = Future(), 0.0
+    future: Future[int] = Future()
+    now = 0.0
 
     def wait(futures, timeout):
         nonlocal now
@@ -34,7 +36,7 @@ def waited(monkeypatch, terminal, is_compiling, looks=4, seconds_a_look=1.0):
         return SimpleNamespace(done=future.done())
 
     monkeypatch.setattr(messages, "wait", wait)
-    monkeypatch.setattr(messages.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     return messages.result_of(future, "a test", is_compiling, terminal)
 
 
@@ -56,7 +58,8 @@ def test_what_is_on_disk_is_not_said_to_be_compiled(monkeypatch):
 
 
 def test_nothing_is_said_to_a_program(monkeypatch):
-    pipe, future = io.StringIO(), Future()
+    pipe = io.StringIO()
+    future: Future[int] = Future()
     future.set_result(7)
     assert messages.result_of(future, "a test", lambda: True, pipe) == 7
     assert pipe.getvalue() == ""
@@ -107,7 +110,10 @@ def test_warmup_compiles_what_calls_need(compiled_steps, varlen, dtype, options,
         q = torch.randn(1, sum(lengths), 3, 16, dtype=dtype, requires_grad=True)
         if varlen:
             cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-            out = compiled_fa.flash_attn_varlen_func(*[q[0]] * 3, *[cu_seqlens] * 2, *[max(lengths)] * 2, **options)
+            rows, longest = q[0], max(lengths)
+            out = compiled_fa.flash_attn_varlen_func(
+                rows, rows, rows, cu_seqlens, cu_seqlens, longest, longest, **options
+            )
         else:
             out = compiled_fa.flash_attn_func(q, q, q, **options)
         out.sum().backward()

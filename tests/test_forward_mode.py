@@ -1,5 +1,7 @@
 """Forward-mode AD: tangents agree with naive attention's in float64, and where there are none, nothing is dropped."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +28,11 @@ from compiled_fa.testing.naive import keep_decisions, naive_attention
 OPS = torch.ops.compiled_fa
 
 
+def jvp(function, at, along):
+    """Results and their tangents: torch.func.jvp, which is annotated as if there could be a third."""
+    return torch.func.jvp(function, at, along)
+
+
 def tangents_of(data):
     generator = torch.Generator().manual_seed(data.case.seed + 1)
     return tuple(torch.randn(x.shape, generator=generator).to(x.dtype) for x in (data.q, data.k, data.v))
@@ -41,7 +48,7 @@ def by_the_op(data, along):
             return OPS.attention(*(data.batched(x) for x in (q, k, v)), *data.options)
         return OPS.varlen_attention(q, k, v, *data.cu_seqlens, *longest, None, *data.options)
 
-    _, found = torch.func.jvp(attend, (data.q, data.k, data.v), along)
+    _, found = jvp(attend, (data.q, data.k, data.v), along)
     if not case.dense:
         return dict(zip(("out", "lse"), found, strict=True))
     named = packed(data, (*found, data.batched(data.q), data.batched(data.k), data.batched(data.v)))
@@ -72,7 +79,7 @@ def by_naive_attention(data, along, dtype):
             for xs in ((data.q, data.k, data.v), along)
         )
         attend = lambda q, k, v, options=options: naive_attention(q, k, v, **options)  # noqa: E731
-        (_, lse), (out_tangent, lse_tangent) = torch.func.jvp(attend, inputs, directions)
+        (_, lse), (out_tangent, lse_tangent) = jvp(attend, inputs, directions)
         outs.append(out_tangent[0])
         lses.append(torch.where(lse[0].isinf(), 0.0, lse_tangent[0]))
     if not outs:
@@ -110,7 +117,7 @@ TILES = st.sampled_from([(128, 512, 1 << 21), (16, 23, 1), (33, 17, 2000)])
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "varlen"])
 def test_agrees_with_float64(dense):
-    @settings(max_examples=max(1, settings.default.max_examples // 3))
+    @settings(max_examples=max(1, settings().max_examples // 3))
     @given(cases(dense=dense), TILES)
     def run(case, tiles):
         with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +131,13 @@ def test_agrees_with_float64(dense):
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "varlen"])
 def test_in_tiles_of_their_own_size(dense):
     lengths = ((140, 530),) * 2 if dense else ((140, 530), (0, 5), (4, 0), (129, 513))
-    options = {"heads_per_key": 2, "head_dim_v": 12, "softcap": 3.0, "slopes": "batch", "dropout_p": 0.2}
+    options: dict[str, Any] = {
+        "heads_per_key": 2,
+        "head_dim_v": 12,
+        "softcap": 3.0,
+        "slopes": "batch",
+        "dropout_p": 0.2,
+    }
     check(Case(lengths, dense, nheads_k=1, window_size=(400, 5), **options))
 
 
@@ -141,7 +154,9 @@ def test_one_tangent_alone(among):
 
     expected = along(lambda q, k, v: naive_attention(q, k, v, causal=True)[0])
     assert expected.abs().max() > 0.01
-    assert torch.allclose(along(lambda *x: flash_attn_func(*x, causal=True)), expected, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(
+        along(lambda q, k, v: flash_attn_func(q, k, v, causal=True)), expected, rtol=1e-12, atol=1e-14
+    )
 
 
 def doubles(*shape, count=1):
@@ -157,8 +172,9 @@ def ours(q, k, v):
 
 
 def ours_packed(q, k, v):
-    lengths = cumulative([q.shape[0]])
-    return flash_attn_varlen_func(q, k, v, lengths, lengths, *q.shape[:1] * 2, causal=True)
+    total = q.shape[0]
+    lengths = cumulative([total])
+    return flash_attn_varlen_func(q, k, v, lengths, lengths, total, total, causal=True)
 
 
 def naive_packed(q, k, v):
@@ -172,12 +188,12 @@ def naive_packed(q, k, v):
 )
 def test_every_way_to_ask_for_it(function, reference, shape):
     q, k, v, *along = doubles(*shape, count=6)
-    _, expected = torch.func.jvp(reference, (q, k, v), tuple(along))
-    assert torch.allclose(torch.func.jvp(function, (q, k, v), tuple(along))[1], expected)
+    _, expected = jvp(reference, (q, k, v), tuple(along))
+    assert torch.allclose(jvp(function, (q, k, v), tuple(along))[1], expected)
     assert torch.allclose(torch.func.linearize(function, q, k, v)[1](*along), expected)
 
     def both(inputs, along):
-        return torch.func.jvp(function, inputs, along)
+        return jvp(function, inputs, along)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled((q, k, v), tuple(along))[1], expected)
@@ -196,36 +212,41 @@ def test_every_way_to_ask_for_it(function, reference, shape):
 def test_packed_functions():
     qkv, direction = doubles(2, 5, 3, 2, 4, count=2)
     kvs = qkv[:, :, 1:], direction[:, :, 1:]
-    _, expected = torch.func.jvp(lambda x: naive(*x.unbind(2)), (qkv,), (direction,))
-    _, found = torch.func.jvp(lambda x: flash_attn_qkvpacked_func(x, causal=True), (qkv,), (direction,))
+    _, expected = jvp(lambda x: naive(*x.unbind(2)), (qkv,), (direction,))
+    _, found = jvp(lambda x: flash_attn_qkvpacked_func(x, causal=True), (qkv,), (direction,))
     assert torch.allclose(found, expected)
     queries = qkv[:, :, 0], direction[:, :, 0]
     pairs = zip(queries, kvs, strict=True)
-    _, found = torch.func.jvp(lambda q, kv: flash_attn_kvpacked_func(q, kv, causal=True), *pairs)
+    _, found = jvp(lambda q, kv: flash_attn_kvpacked_func(q, kv, causal=True), *pairs)
     assert torch.allclose(found, expected)
     lengths = cumulative([5, 5])
     flat = qkv.flatten(0, 1), direction.flatten(0, 1)
-    packed = lambda x: flash_attn_varlen_qkvpacked_func(x, lengths, 5, causal=True)  # noqa: E731
-    assert torch.allclose(torch.func.jvp(packed, *((x,) for x in flat))[1], expected.flatten(0, 1))
-    packed = lambda q, kv: flash_attn_varlen_kvpacked_func(q, kv, lengths, lengths, 5, 5, causal=True)  # noqa: E731
-    assert torch.allclose(torch.func.jvp(packed, *((x[:, 0], x[:, 1:]) for x in flat))[1], expected.flatten(0, 1))
+
+    def qkvpacked(x):
+        return flash_attn_varlen_qkvpacked_func(x, lengths, 5, causal=True)
+
+    def kvpacked(q, kv):
+        return flash_attn_varlen_kvpacked_func(q, kv, lengths, lengths, 5, 5, causal=True)
+
+    assert torch.allclose(jvp(qkvpacked, *((x,) for x in flat))[1], expected.flatten(0, 1))
+    assert torch.allclose(jvp(kvpacked, *((x[:, 0], x[:, 1:]) for x in flat))[1], expected.flatten(0, 1))
 
 
 def test_through_vmap():
     q, k, v, *along = doubles(3, 2, 3, 2, 4, count=6)
-    expected = torch.func.vmap(lambda *x: torch.func.jvp(naive, x[:3], x[3:])[1])(q, k, v, *along)
-    assert torch.allclose(torch.func.vmap(lambda *x: torch.func.jvp(ours, x[:3], x[3:])[1])(q, k, v, *along), expected)
-    _, found = torch.func.jvp(torch.func.vmap(ours), (q, k, v), tuple(along))
+    expected = torch.func.vmap(lambda *x: jvp(naive, x[:3], x[3:])[1])(q, k, v, *along)
+    assert torch.allclose(torch.func.vmap(lambda *x: jvp(ours, x[:3], x[3:])[1])(q, k, v, *along), expected)
+    _, found = jvp(torch.func.vmap(ours), (q, k, v), tuple(along))
     assert torch.allclose(found, expected)
 
 
 def test_autocast_casts_tangents_too():
     q, k, v, *along = torch.randn(6, 1, 5, 2, 8).unbind()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, found = torch.func.jvp(ours, (q, k, v), tuple(along))
+        out, found = jvp(ours, (q, k, v), tuple(along))
     low = [tuple(x.bfloat16() for x in xs) for xs in ((q, k, v), along)]
     assert found.dtype == out.dtype == torch.bfloat16
-    assert torch.equal(found, torch.func.jvp(ours, *low)[1])
+    assert torch.equal(found, jvp(ours, *low)[1])
 
 
 @pytest.mark.parametrize("transform", [True, False], ids=["jvp", "dual_level"])
@@ -240,7 +261,7 @@ def test_results_keep_their_gradients(transform):
             return attend(q, k, v)
 
         if transform:
-            out, along = torch.func.jvp(model, (x,), (direction,))
+            out, along = jvp(model, (x,), (direction,))
         else:
             with forward_ad.dual_level():
                 out, along = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction)))
@@ -306,9 +327,7 @@ def test_pages_have_no_tangents():
     q, pages = torch.randn(3, 2, 4), torch.randn(1, 3, 2, 4)
     lengths, table = cumulative([3]), torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="with a block_table does not support forward-mode AD"):
-        torch.func.jvp(
-            lambda q: flash_attn_varlen_func(q, pages, pages, lengths, lengths, 3, 3, block_table=table), (q,), (q,)
-        )
+        jvp(lambda q: flash_attn_varlen_func(q, pages, pages, lengths, lengths, 3, 3, block_table=table), (q,), (q,))
 
 
 def test_a_dual_level_inside_compiled_code_is_refused():
@@ -335,6 +354,8 @@ def test_memory_is_linear(monkeypatch):
     """At 4 times the length, no tensor grows by more than that."""
 
     class Largest(TorchDispatchMode):
+        most = 0
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             tensors = result if isinstance(result, (tuple, list)) else [result]
@@ -345,7 +366,6 @@ def test_memory_is_linear(monkeypatch):
         q = torch.zeros(1, seqlen, 1, 4)
         problem = Problem.of(q, q, q, None)
         with Largest() as mode:
-            mode.most = 0
             tangent.tangents(problem, q, q, q, q, q.new_zeros(1, 1, seqlen))
         return mode.most
 

@@ -7,6 +7,7 @@ import torch
 
 from compiled_fa.engines.fused.mods import Features
 from compiled_fa.engines.fused.options import capability_of, options_for
+from compiled_fa.problem import Direction
 from compiled_fa.scores import Window
 from compiled_fa.tuning.gpu import TURING
 
@@ -57,6 +58,7 @@ def test_inductor_chooses_for_newer_gpus():
 
 
 def test_wide_dtypes_have_their_own_tiles():
-    for direction, head_dim in itertools.product(("forward", "backward"), (16, 64, 128)):
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    for direction, head_dim in itertools.product(directions, (16, 64, 128)):
         for dtype in (torch.bfloat16, torch.float32):
             assert options_for(direction, head_dim, dtype, PLAIN, (7, 5)) in TURING.wide.values()

@@ -38,9 +38,8 @@ def test_signatures_are_flash_attns(name, signature):
     function = getattr(compiled_fa, name)
     assert inspect.isfunction(function)
     specification = inspect.getfullargspec(function)
-    defaults = [""] * (len(specification.args) - len(specification.defaults)) + [
-        f"={d}" for d in specification.defaults
-    ]
+    given = specification.defaults or ()
+    defaults = [""] * (len(specification.args) - len(given)) + [f"={d}" for d in given]
     assert ", ".join(a + d for a, d in zip(specification.args, defaults, strict=True)) == signature
     assert specification.varargs is specification.varkw is None
     assert not specification.kwonlyargs
@@ -57,7 +56,7 @@ def test_packed_functions_are_the_plain_one():
     assert torch.equal(flash_attn_qkvpacked_func(torch.stack([q, k, v], 2), causal=True), expected)
     cu_seqlens = cumulative([20, 20])
     rows = [x.flatten(0, 1) for x in (q, k, v)]
-    varlen = flash_attn_varlen_func(*rows, cu_seqlens, cu_seqlens, 20, 20, causal=True)
+    varlen = flash_attn_varlen_func(rows[0], rows[1], rows[2], cu_seqlens, cu_seqlens, 20, 20, causal=True)
     assert torch.allclose(varlen.view_as(expected), expected, atol=1e-6)
     kv, qkv = torch.stack(rows[1:], 1), torch.stack(rows, 1)
     kvpacked = flash_attn_varlen_kvpacked_func(rows[0], kv, cu_seqlens, cu_seqlens, 20, 20, causal=True)
@@ -68,9 +67,10 @@ def test_packed_functions_are_the_plain_one():
 def test_gradients_reach_packed_tensors():
     qkv = torch.randn(2, 9, 3, 2, 4, requires_grad=True)
     flash_attn_qkvpacked_func(qkv).square().sum().backward()
-    parts = [x.detach().clone().requires_grad_() for x in qkv.unbind(2)]
-    flash_attn_func(*parts).square().sum().backward()
-    assert torch.allclose(qkv.grad, torch.stack([x.grad for x in parts], 2))
+    q, k, v = parts = [x.detach().clone().requires_grad_() for x in qkv.unbind(2)]
+    expected = torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), parts)
+    assert qkv.grad is not None
+    assert torch.allclose(qkv.grad, torch.stack(expected, 2))
 
 
 @pytest.mark.parametrize("window_size", [(3, 1), [3, 1], torch.tensor([3, 1])], ids=["tuple", "list", "tensor"])
@@ -97,6 +97,20 @@ def test_max_seqlen_may_be_a_tensor():
     expected = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 12, 12)
     longest = torch.tensor(12)
     assert torch.equal(flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest), expected)
+
+
+@pytest.mark.parametrize("page_size", [0, 4])
+def test_max_seqlen_as_a_tensor_in_a_graph(page_size):
+    """It cannot be read there: the number of rows bounds it, in pages that of the rows that they hold."""
+    data = make(Case(((1, 33), (3, 7)), page_size=page_size))
+    k, v, table = data.pages() if page_size else (data.k, data.v, None)
+    longest = [torch.tensor(n) for n in (data.case.max_seqlen_q, data.case.max_seqlen_k)]
+
+    def attend(longest_q, longest_k):
+        return flash_attn_varlen_func(data.q, k, v, *data.cu_seqlens, longest_q, longest_k, block_table=table)
+
+    in_graph = torch.compile(attend, fullgraph=True, backend="eager")
+    assert torch.allclose(in_graph(*longest), attend(*longest), atol=1e-6)
 
 
 def test_return_attn_probs_without_dropout():
@@ -156,7 +170,7 @@ def test_block_table_reads_pages_in_any_order(block_size, options):
     for keys, values, table in ((k, v, None), (pages_k, pages_v, block_table)):
         torch.manual_seed(1)
         results.append(flash_attn_varlen_func(q, keys, values, cu_q, cu_k, 5, 33, block_table=table, **options))
-    assert torch.allclose(*results, atol=1e-6)
+    assert torch.allclose(results[0], results[1], atol=1e-6)
 
 
 def test_paged_backward_is_refused_clearly():
@@ -183,8 +197,8 @@ def test_empty_and_short_shapes_give_defined_results(q_shape, k_shape, causal):
     out, lse, _ = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
     assert out.shape == q.shape
     assert lse.shape == (q_shape[0], q_shape[2], q_shape[1])
-    out.sum().backward()
-    assert all(x.grad.shape == x.shape and not x.grad.isnan().any() for x in (q, k, v))
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(dx.shape == x.shape and not dx.isnan().any() for dx, x in zip(gradients, (q, k, v), strict=True))
     without_keys = max(0, q_shape[1] - k_shape[1]) if causal or k_shape[1] == 0 else 0
     assert (out[:, :without_keys] == 0).all()
     assert (lse[:, :, :without_keys] == -torch.inf).all()
@@ -214,6 +228,15 @@ def test_dtypes_and_head_dims_of_v():
         assert out.dtype == dtype
         assert out.shape == (1, 6, 2, 9)
         assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_autocast_leaves_fp64_and_integers_as_they_are():
+    q, k, v = (x.double() for x in dense())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(flash_attn_func(q, k, v), flash_attn_func(q, k, v.clone()))
+        assert flash_attn_func(q, k, v).dtype == torch.float64
+        with pytest.raises(TypeError, match=r"q must be float16, .*, got torch.int64"):
+            flash_attn_func(q.long(), k, v)
 
 
 def test_lse_is_a_natural_logarithm():

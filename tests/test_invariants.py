@@ -45,10 +45,12 @@ def test_permuting_sequences_permutes_results(runner: Runner, drawn, random):
     case = drawn.draw(runner.cases(dense=False, **FP32))
     data, order = make(case), list(range(len(case.lengths)))
     random.shuffle(order)
-    rows = [torch.cat([of_sequences(data, side)[b] for b in order] or [torch.arange(0)]) for side in (0, 1)]
-    slopes = data.alibi_slopes[order] if case.slopes == "batch" else data.alibi_slopes
-    permuted = taken(data, replace(case, lengths=tuple(case.lengths[b] for b in order)), *rows, slopes)
-    assert_close(runner.run(permuted), rows_of(runner.run(data), *rows))
+    q_rows, k_rows = (torch.cat([of_sequences(data, side)[b] for b in order] or [torch.arange(0)]) for side in (0, 1))
+    slopes = data.alibi_slopes
+    if slopes is not None and case.slopes == "batch":
+        slopes = slopes[order]
+    permuted = taken(data, replace(case, lengths=tuple(case.lengths[b] for b in order)), q_rows, k_rows, slopes)
+    assert_close(runner.run(permuted), rows_of(runner.run(data), q_rows, k_rows))
 
 
 @every_engine(dense=False)
@@ -59,10 +61,12 @@ def test_splitting_a_batch_changes_nothing(runner: Runner, drawn):
     data = make(case)
     whole = runner.run(data)
     for b, lengths in enumerate(case.lengths):
-        rows = [of_sequences(data, side)[b] for side in (0, 1)]
-        slopes = data.alibi_slopes[b : b + 1] if case.slopes == "batch" else data.alibi_slopes
-        alone = taken(data, replace(case, lengths=(lengths,)), *rows, slopes)
-        assert_close(runner.run(alone), rows_of(whole, *rows))
+        q_rows, k_rows = (of_sequences(data, side)[b] for side in (0, 1))
+        slopes = data.alibi_slopes
+        if slopes is not None and case.slopes == "batch":
+            slopes = slopes[b : b + 1]
+        alone = taken(data, replace(case, lengths=(lengths,)), q_rows, k_rows, slopes)
+        assert_close(runner.run(alone), rows_of(whole, q_rows, k_rows))
 
 
 @every_engine(dense=True)
@@ -110,10 +114,10 @@ def test_merging_key_halves_by_lse_gives_the_whole(runner: Runner, drawn):
         halves.append((forward, runner.engine.backward(problem, dout, out, lse)))
     (first, of_first), (second, of_second) = halves
     lse = torch.logaddexp(first["lse"], second["lse"])
-    out = sum(half["out"] * (half["lse"] - lse).exp().mT[..., None] for half in (first, second))
+    part, other = (half["out"] * (half["lse"] - lse).exp().mT[..., None] for half in (first, second))
     dk, dv = (torch.cat([of_first[at], of_second[at]], 1).flatten(0, 1) for at in (1, 2))
     dq = (of_first[0] + of_second[0]).flatten(0, 1)
-    assert_close({"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}, whole)
+    assert_close({"out": part + other, "lse": lse, "dq": dq, "dk": dk, "dv": dv}, whole)
 
 
 @every_engine(dense=False)
@@ -163,8 +167,9 @@ def test_ignored_keys_have_no_gradient_and_empty_rows_are_zero(runner: Runner, d
     case = drawn.draw(runner.cases(dense=False))
     data = make(case)
     results = runner.run(data)
-    for lengths, q_rows, k_rows in zip(case.lengths, of_sequences(data, 0), of_sequences(data, 1), strict=True):
-        seen = visible_keys(*lengths, case.causal, case.window_size)
+    sequences = zip(case.lengths, of_sequences(data, 0), of_sequences(data, 1), strict=True)
+    for (seqlen_q, seqlen_k), q_rows, k_rows in sequences:
+        seen = visible_keys(seqlen_q, seqlen_k, case.causal, case.window_size)
         ignored, empty = k_rows[~seen.any(0)], q_rows[~seen.any(1)]
         for name, rows in (("dk", ignored), ("dv", ignored), ("out", empty), ("dq", empty)):
             assert (results[name][rows] == 0).all(), name

@@ -13,7 +13,7 @@ ROOT = Path(compiled_fa.__file__).parent
 
 # From the ground up. A module may import those below its own line, and those of its own package.
 LAYERS = [
-    {"messages", "flattening", "config", "memory", "seed", "turing"},
+    {"messages", "flattening", "config", "forward_mode", "memory", "seed", "turing"},
     {"caches", "tuning"},
     {"inductor", "scores"},
     {"problem"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"engines.fused", "engines.split_kv", "engines.sdpa_cpu", "engines.tiled"},
     {"engines.selection"},
     {"engines"},
-    {"batching", "forward_mode", "tangent"},
+    {"batching", "tangent"},
     {"ops", "probabilities"},
     {"interface"},
     {"warmup", "testing"},
@@ -49,7 +49,7 @@ def imported(path: Path) -> list[str]:
         if isinstance(node, ast.ImportFrom):
             if node.level:
                 base = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
-            elif (node.module or "").split(".")[0] == "compiled_fa":
+            elif node.module is not None and node.module.split(".")[0] == "compiled_fa":
                 base = node.module.split(".")[1:]
             else:
                 continue

@@ -100,7 +100,7 @@ def test_symbolic_shapes_stay_ours():
 
 def test_other_backends_see_the_op():
     torch._dynamo.reset()
-    seen = []
+    seen: list[object] = []
 
     def backend(graph, _):
         seen.extend(node.target for node in graph.graph.nodes)

@@ -30,6 +30,7 @@ def test_command_prints_json_and_progress():
         assert set(case["errors"]) == {"out", "lse", "dq", "dk", "dv"}
         assert all(0 < error["ours"] <= error["budget"] for error in case["errors"].values())
         assert {"ours", "naive", "sdpa"} <= set(case["seconds"])
+        assert case["engines"] == {"forward": "tiled", "backward": "tiled"}
     assert "[1/2] GQA" in done.stderr
     assert "[2/2] varlen" in done.stderr
 
@@ -41,7 +42,8 @@ def test_tables_and_status_1_out_of_budget(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "OUT OF BUDGET" in out
     assert all(label in out for label in ("Python", "torch", "Triton", "C++ compiler", "device", "engine"))
-    assert "sdpa_cpu, then tiled (not fused: it needs a CUDA device, and this is cpu)" in out
+    assert "split_kv, then sdpa_cpu, then tiled (not fused: it needs a CUDA device, and this is cpu)" in out
+    assert out.splitlines()[-3].endswith("tiled, tiled")
 
 
 def test_unknown_case_is_refused(capsys):

@@ -1,6 +1,7 @@
 """Tensors that lie in memory in unusual ways: every engine reads them where they are, forward and for all gradients."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def arranged(case, arrangement):
 
 
 # Few queries, equally many, no fp64, no window: every engine takes it.
-CASE = {"nheads_k": 2, "heads_per_key": 2, "head_dim": 8, "head_dim_v": 8, "causal": True}
+CASE: dict[str, Any] = {"nheads_k": 2, "heads_per_key": 2, "head_dim": 8, "head_dim_v": 8, "causal": True}
 LENGTHS = {True: ((3, 40),) * 2, False: ((3, 40), (3, 17), (3, 0), (3, 1))}
 SINGLE = {"nheads_k": 1, "heads_per_key": 1, "head_dim": 1, "head_dim_v": 1}
 LAYOUTS = {True: "dense", False: "packed"}

@@ -12,6 +12,7 @@ from tuned import retune
 from compiled_fa.engines import tiled
 from compiled_fa.engines.tiled import TileSizes, call, chunks
 from compiled_fa.engines.tiled import scratch as tiled_scratch
+from compiled_fa.engines.tiled.kernels import Kernels
 from compiled_fa.engines.tiled.scratch import Scratch
 from compiled_fa.inductor import fast_math
 from compiled_fa.problem import Packed, Problem
@@ -33,7 +34,7 @@ def computed_scores(monkeypatch, problem, direction="forward"):
 
     with monkeypatch.context() as patch:
         for name in ("softmax_step", "gradient_step"):
-            patch.setattr(call.Kernels, name, counting(getattr(call.Kernels, name)))
+            patch.setattr(Kernels, name, counting(getattr(Kernels, name)))
         out, lse = tiled.forward(problem)
         if direction == "backward":
             count = 0
@@ -63,15 +64,14 @@ def test_masked_tiles_are_never_computed(monkeypatch, direction):
 def test_tiles_that_alibi_makes_weightless_are_left_out(monkeypatch, dtype, options):
     """And nobody can tell: the results are as exact as ever."""
     case = Case(((1300, 1300), (1200, 1290), (1290, 1200)), nheads_k=1, dtype=dtype, slopes="heads", **options)
-    data = make(case)
-    data.alibi_slopes.fill_(0.5)
+    data, unhurried = make(case), make(case)
+    data.alibi_slopes = torch.full((case.nheads,), 0.5)
     check_against_float64(data, run_tiled(data))
-    unhurried = make(case)
-    unhurried.alibi_slopes.fill_(1e-3)
+    unhurried.alibi_slopes = torch.full((case.nheads,), 1e-3)
     for direction in ("forward", "backward"):
         far = computed_scores(monkeypatch, unhurried.problem(), direction)
         assert computed_scores(monkeypatch, data.problem(), direction) < 0.95 * far
-    data.alibi_slopes.fill_(-0.5)  # the farther the heavier
+    data.alibi_slopes = -data.alibi_slopes  # the farther the heavier
     assert computed_scores(monkeypatch, data.problem()) == computed_scores(monkeypatch, unhurried.problem())
 
 
@@ -95,8 +95,8 @@ def test_tiles_cover_what_the_mask_keeps_exactly_once(data):
     q, k = [n for n, _ in lengths], [m for _, m in lengths]
     offsets = [m - n for n, m in lengths]
     tiles = TileSizes(data.draw(st.integers(1, 16)), data.draw(st.integers(1, 16)), 1)
-    extremes = [(min(x), max(x)) for x in (q, k, offsets)]
-    chunk = chunks.Chunk(range(len(lengths)), slice(0, 1), 1, *extremes, window, tiles)
+    extremes_q, extremes_k, extremes_offset = ((min(x), max(x)) for x in (q, k, offsets))
+    chunk = chunks.Chunk(range(len(lengths)), slice(0, 1), 1, extremes_q, extremes_k, extremes_offset, window, tiles)
     kept = torch.zeros(len(lengths), max(q), max(k), dtype=torch.bool)
     for b, (n, m) in enumerate(lengths):
         position, key = torch.arange(n)[:, None] + m - n, torch.arange(m)
@@ -143,7 +143,7 @@ def tiles_run(monkeypatch):
         return run
 
     for name in ("softmax_step", "gradient_step"):
-        monkeypatch.setattr(call.Kernels, name, noting(getattr(call.Kernels, name)))
+        monkeypatch.setattr(Kernels, name, noting(getattr(Kernels, name)))
     return ran
 
 
@@ -171,11 +171,11 @@ def test_pages_end_where_their_table_does(monkeypatch, tiles_run):
     """Lengths are not rounded up there."""
     retune(monkeypatch, tiled={"bf16_lengths": 1})
     data = make(Case(((200, 140), (190, 100)), nheads_k=1, head_dim=16, head_dim_v=16, dtype=torch.bfloat16))
-    pages = [torch.zeros(2, 140, 1, 16, dtype=torch.bfloat16) for _ in range(2)]
-    for page, rows in zip(pages, (data.k, data.v), strict=True):
+    pages_k, pages_v = (torch.zeros(2, 140, 1, 16, dtype=torch.bfloat16) for _ in range(2))
+    for page, rows in ((pages_k, data.k), (pages_v, data.v)):
         page[1], page[0, :100] = rows[:140], rows[140:]
     packed = Packed(*data.cu_seqlens, 200, 140, torch.tensor([[1], [0]], dtype=torch.int32))
-    out, lse = tiled.forward(Problem.of(data.q, *pages, packed, *data.options))
+    out, lse = tiled.forward(Problem.of(data.q, pages_k, pages_v, packed, *data.options))
     assert {shape[3] for shape, _ in tiles_run} == {100, 140}
     expected, expected_lse = tiled.forward(data.problem())
     assert torch.allclose(out, expected, atol=2e-2)

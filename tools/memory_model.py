@@ -74,7 +74,9 @@ def measured_peak(name: str, direction: Direction, config: Config) -> tuple[int,
     """Bytes beside q, k, v and dout that a process of its own took at its peak, and what was wrong in its results."""
     case = {
         "lengths": [[config.seqlen_q, config.seqlen_k]] * config.batch,
-        **{field: getattr(config, field) for field in ("nheads", "nheads_k", "head_dim", "dtype", "causal")},
+        "dense": True,
+        "heads_per_key": config.nheads // config.nheads_k,
+        **{field: getattr(config, field) for field in ("nheads_k", "head_dim", "dtype", "causal")},
     }
     way = "forward" if direction == "forward" else "forward+backward"
     request = {"case": case, "direction": way, "peer": "naive" if name == "naive" else "ours"}

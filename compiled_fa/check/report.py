@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import config, engines
+from ..problem import Direction
 from ..testing import RESULTS, Case, Inputs, run, run_naive, run_op
 from ..testing.budget import error, expected
 from .cases import CASES, has_sdpa, sdpa
@@ -49,8 +50,11 @@ def check(name: str, inputs: Inputs[Case], engine: str) -> dict[str, Any]:
     peers["naive"] = lambda: run_naive(inputs, dtype)
     if has_sdpa(inputs.case):
         peers["sdpa"] = lambda: run(partial(sdpa, inputs), inputs)
+    problem = inputs.problem()
+    directions: tuple[Direction, ...] = ("forward", "backward")
     return {
         "case": name,
+        "engines": {direction: engines.select(problem, direction, engine).engine.name for direction in directions},
         "errors": {
             result: {"ours": found[result], "naive": of.naive, "budget": of.allowed} for result, of in wanted.items()
         },
@@ -62,13 +66,15 @@ def check(name: str, inputs: Inputs[Case], engine: str) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     header = f"{'case':<16}" + "".join(f"{name + ' error (naive)':>20}" for name in RESULTS)
-    lines = [header + f"{'time / naive':>14}{'/ SDPA':>8}   within budget"]
+    lines = [header + f"{'time / naive':>14}{'/ SDPA':>8}   {'within budget':<16}forward by, gradients by"]
     for row in rows:
         cells = "".join(f"{e['ours']:>10.1e} ({e['naive']:.1e})" for e in row["errors"].values())
         seconds = row["seconds"]
         sdpa = f"{seconds['ours'] / seconds['sdpa']:.2f}" if "sdpa" in seconds else "-"
-        verdict = "yes" if row["ok"] else "NO"
-        lines.append(f"{row['case']:<16}{cells}{seconds['ours'] / seconds['naive']:>14.2f}{sdpa:>8}   {verdict}")
+        verdict, by = "yes" if row["ok"] else "NO", ", ".join(row["engines"].values())
+        lines.append(
+            f"{row['case']:<16}{cells}{seconds['ours'] / seconds['naive']:>14.2f}{sdpa:>8}   {verdict:<16}{by}"
+        )
     return "\n".join(lines)
 
 
