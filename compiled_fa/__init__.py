@@ -3,6 +3,7 @@
     interface.py      the six functions: what people call
     ops.py            torch.ops.compiled_fa.*: what torch.compile and autograd see
     validation.py     every check of an argument
+    seed.py           dropout's seed; forward_mode.py, tangent.py: forward-mode AD; batching.py: torch.func.vmap
     engines/          who computes: fused (one Triton kernel each way, on CUDA), split_kv and sdpa_cpu (on a CPU), tiled
                       (anything, anywhere); and which of them serves a call
     scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
@@ -15,11 +16,13 @@
     check/            `python -m compiled_fa`
     warmup.py         compiling ahead; messages.py: what people are told meanwhile
     memory.py         how a system gives memory fast
+    without_numpy.py  torch, imported quietly; flattening.py: dataclasses of tensors as lists
 
 Shape letters, here and everywhere: B batch, Sq and Sk lengths, H and Hk query and key heads, D head_dim, Dv head_dim of
 v, T total tokens of packed sequences.
 """
 
+from . import without_numpy as without_numpy  # isort: skip  # before all that imports torch
 from .caches import clear_caches
 from .engines import use_engine
 from .interface import (

@@ -4,8 +4,8 @@ Backward needs the seed that forward drew. A compiled graph saves it, unless it 
 at an activation memory budget of 0 it saves nothing but its inputs. What holds even there is activation checkpointing,
 where the state of the generator is saved, and set again to recompute a random op.
 
-Private API: settings of torch._functorch.config, the key of a region's budget in torch.fx.traceback, and
-torch._C._functorch.peek_interpreter_stack, tried with torch 2.13.0.
+Private API: settings of torch._functorch.config, the key of a region's budget in torch.fx.traceback, Dynamo's mark of a
+constant function, and torch._C._functorch.peek_interpreter_stack, tried with torch 2.13.0.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def _in_a_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# Asked while tracing: the answer is one for the whole graph.
-torch.compiler.assume_constant_result(_in_a_region_that_recomputes)
-torch.compiler.assume_constant_result(_in_a_transform)
+# Asked while tracing: what torch.compiler.assume_constant_result does, which would import Dynamo for it.
+for function in (_in_a_region_that_recomputes, _in_a_transform):
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _recomputable(device: torch.device, requires_grad: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from dataclasses import replace
 
@@ -29,6 +30,15 @@ def packed_problem(lengths_q, lengths_k, nheads=8, nheads_k=8, head_dim=64, dtyp
 
 def test_the_names_of_the_engines():
     assert ("auto", *(engine.name for engine in ENGINES)) == NAMES
+
+
+def test_their_functions_have_the_protocols_parameters():
+    """Which mypy does not compare by name."""
+    for engine in ENGINES:
+        for member in ("unsupported_reason", "defers", "inlines", "forward", "backward"):
+            wanted = list(inspect.signature(getattr(engines.Engine, member)).parameters)[1:]
+            found = list(inspect.signature(getattr(engine, member)).parameters)
+            assert found[: len(wanted)] == wanted, f"{engine.name}.{member}"
 
 
 def test_sequences_of_unlike_lengths_are_judged_once(compiled_steps):

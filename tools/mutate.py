@@ -122,8 +122,7 @@ def _others(node: ast.AST) -> Iterator[ast.expr]:
     elif isinstance(node, ast.BoolOp):
         yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
     elif isinstance(node, ast.Call) and (other := EXTREMES.get(_called(node))):
-        attribute = isinstance(node.func, ast.Attribute)
-        function = ast.Attribute(node.func.value, other) if attribute else ast.Name(other)  # type: ignore[attr-defined]
+        function = ast.Attribute(node.func.value, other) if isinstance(node.func, ast.Attribute) else ast.Name(other)
         yield ast.Call(function, node.args, node.keywords)
 
 

@@ -16,8 +16,14 @@ from ..problem import Direction, Problem
 from . import fused, sdpa_cpu, split_kv, tiled
 from .engine import Engine
 
+
+def _engines(*modules: Engine) -> tuple[Engine, ...]:
+    """As they are: mypy holds each against the protocol, and names the member that is wrong."""
+    return modules
+
+
 # In the order of preference. The last one serves everything.
-ENGINES: tuple[Engine, ...] = (fused, split_kv, sdpa_cpu, tiled)
+ENGINES = _engines(fused, split_kv, sdpa_cpu, tiled)
 
 _BEFORE_THE_LAST = ENGINES[-2::-1]  # the least preferred first
 
