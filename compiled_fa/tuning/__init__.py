@@ -43,7 +43,7 @@ def current() -> Tuning:
         else:
             raise ValueError(
                 f"the environment variable {config.TUNING.name} must be one of {list(config.TUNING.allowed)} or a file "
-                f"that `python -m tools.tune` wrote, got {asked_for!r}"
+                f"that compiled_fa.tuning.files.save wrote, got {asked_for!r}"
             )
     return _current
 

@@ -1,4 +1,4 @@
-"""Tables in files: what `python -m tools.tune` writes and COMPILED_FA_TUNING reads.
+"""Tables in files: what COMPILED_FA_TUNING reads.
 
     {"version": 1, "name": "...", "sdpa_cpu": {"measured_on": "...", "few_queries": 4, ...}, "split_kv": {...}, ...}
 
@@ -40,7 +40,7 @@ def load(path: Path) -> Tuning:
     if not isinstance(read, dict):
         _refuse(path, "an object", type(read).__name__)
     if read.get("version") != VERSION:
-        _refuse(path, f"of version {VERSION} (write it anew: python -m tools.tune)", f"version {read.get('version')!r}")
+        _refuse(path, f"of version {VERSION}", f"version {read.get('version')!r}")
     _names(path, "", read, {"version", "name", *PARTS})
     if not isinstance(read["name"], str):
         _refuse(path, "a string as name", repr(read["name"]))
