@@ -15,7 +15,7 @@
     testing/          attention problems, ways to run them, the reference, and how wrong a result may be
     check/            `python -m compiled_fa`
     warmup.py         compiling ahead; messages.py: what people are told meanwhile
-    hardware.py       what this machine's processor does well; memory.py: how its system gives memory fast
+    memory.py         how a system gives memory fast
     without_numpy.py  torch, imported quietly; flattening.py: dataclasses of tensors as lists
 
 Shape letters, here and everywhere: B batch, Sq and Sk lengths, H and Hk query and key heads, D head_dim, Dv head_dim of

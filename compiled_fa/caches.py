@@ -157,12 +157,12 @@ class Scratch:
     """Named, uninitialised buffers of each thread, which outlive a call: a fresh one of megabytes costs a page fault
     per page, which takes longer than the arithmetic on it.
 
-    buffer_bytes: a larger one is given back after the call. nbytes: of all that a thread keeps.
+    limits: bytes of a buffer, a larger one of which is given back after the call; and of all that a thread keeps.
     """
 
-    def __init__(self, name: str, buffer_bytes: int, nbytes: int) -> None:
+    def __init__(self, name: str, limits: Callable[[], tuple[int, int]]) -> None:
         self.name = name
-        self._buffer_bytes, self._most_bytes = buffer_bytes, nbytes
+        self._limits = limits
         self._thread = threading.local()
         self._of_all_threads: weakref.WeakSet[_Buffers] = weakref.WeakSet()
         _all.append(self)
@@ -186,11 +186,11 @@ class Scratch:
 
     def trim(self) -> None:
         """To be called when a call is over: gives back what is too large, or too much."""
-        buffers = self._mine()
+        buffers, (buffer_bytes, most_bytes) = self._mine(), self._limits()
         kept = 0
         for key in reversed(list(buffers)):
             kept += buffers[key].nbytes
-            if buffers[key].nbytes > self._buffer_bytes or kept > self._most_bytes:
+            if buffers[key].nbytes > buffer_bytes or kept > most_bytes:
                 kept -= buffers.pop(key).nbytes
 
     @property
@@ -202,7 +202,7 @@ class Scratch:
             buffers.clear()
 
     def contents(self) -> str:
-        return f"{self.name} {_megabytes(self.nbytes)} of {_megabytes(self._most_bytes)} a thread"
+        return f"{self.name} {_megabytes(self.nbytes)} of {_megabytes(self._limits()[1])} a thread"
 
 
 def _megabytes(nbytes: int) -> str:

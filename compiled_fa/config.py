@@ -10,20 +10,25 @@ import os
 from dataclasses import dataclass
 
 ENGINES = ("auto", "fused", "split_kv", "sdpa_cpu", "tiled")
+CPU_CLASSES = ("avx2", "avx512", "avx512_bf16", "amx", "arm", "plain")
 
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable. allowed: its values, of which the first is meant where it is not set, or empty."""
+    """An environment variable. allowed: its values, of which the first is meant where it is not set, or empty.
+
+    or_a_file: it may also be a path, which who reads it checks.
+    """
 
     name: str
     allowed: tuple[str, ...]
     meaning: str
+    or_a_file: bool = False
 
     def read(self) -> str:
         """Raises ValueError for a value that is not allowed."""
         value = os.environ.get(self.name) or self.allowed[0]
-        if value not in self.allowed:
+        if value not in self.allowed and not self.or_a_file:
             raise ValueError(f"the environment variable {self.name} must be one of {list(self.allowed)}, got {value!r}")
         return value
 
@@ -31,8 +36,14 @@ class Variable:
 ENGINE = Variable("COMPILED_FA_ENGINE", ENGINES, "the engine that serves every call; it serves or raises")
 COMPILE = Variable("COMPILED_FA_COMPILE", ("1", "0"), "0: engines on a CPU run their steps as plain PyTorch ops")
 CHECK = Variable("COMPILED_FA_CHECK", ("0", "1"), "1: values of cu_seqlens and block_table are checked on a GPU, too")
+TUNING = Variable(
+    "COMPILED_FA_TUNING",
+    ("auto", *CPU_CLASSES),
+    "the class of CPU whose table of tuned numbers is in force, or a file",
+    True,
+)
 
-VARIABLES = (ENGINE, COMPILE, CHECK)
+VARIABLES = (ENGINE, COMPILE, CHECK, TUNING)
 
 
 def engine() -> str:

@@ -10,7 +10,7 @@ import torch
 
 from . import validation
 from .interface import Result, flash_attn_func, flash_attn_varlen_func
-from .tuning import current
+from .tuning import NEVER, current
 
 SHORT = 64  # tokens; in bf16, short tiles and those of twice the length are code of their own
 
@@ -79,7 +79,8 @@ def warmup(
         for lengths in _batches(seqlen, varlen, nheads * head_dim):
             call(lengths)
         if decode:
-            cache = max(seqlen, current().split_kv.decode_from_elements_wide // (nheads_k * head_dim))
+            enough = current().split_kv.decode_from_elements_beside_sdpa
+            cache = max(seqlen, 0 if enough == NEVER else enough // (nheads_k * head_dim))
             q = torch.zeros(1, 1, nheads, head_dim, dtype=dtype, device=device)
             k = torch.zeros(1, cache, nheads_k, head_dim, dtype=dtype, device=device)
             flash_attn_func(q, k, k, *options)

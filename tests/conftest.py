@@ -1,9 +1,11 @@
-"""Hypothesis profiles, and eager steps: tests fuzz the tiles without compiling; those that compile say so."""
+"""Hypothesis profiles; eager steps: tests fuzz the tiles without compiling, and those that compile say so; and one
+table of tuned numbers, so that engines serve the same calls on every machine."""
 
 import os
 from typing import Any
 
 os.environ.setdefault("COMPILED_FA_COMPILE", "0")
+os.environ.setdefault("COMPILED_FA_TUNING", "avx512_bf16")
 
 import hypothesis
 import pytest

@@ -235,7 +235,7 @@ def test_a_compiled_model_after_inference_mode():
 
 
 def test_scratch_is_bounded_and_reused(of_this_test):
-    scratch = Scratch("a test's", buffer_bytes=4000, nbytes=5000)
+    scratch = Scratch("a test's", lambda: (4000, 5000))
     small = scratch.take("small", (100,), torch.float32)
     large = scratch.take("large", (1001,), torch.float32)
     assert scratch.take("small", (10, 10), torch.float32).data_ptr() == small.data_ptr()
@@ -252,7 +252,7 @@ def test_scratch_is_bounded_and_reused(of_this_test):
 
 
 def test_threads_have_buffers_of_their_own(of_this_test):
-    scratch = Scratch("a test's", buffer_bytes=4000, nbytes=5000)
+    scratch = Scratch("a test's", lambda: (4000, 5000))
     mine = scratch.take("x", (100,), torch.float32)
     with ThreadPoolExecutor(1) as pool:
         theirs = pool.submit(scratch.take, "x", (100,), torch.float32).result()

@@ -18,7 +18,7 @@ def test_values(monkeypatch, variable):
     for value in variable.allowed:
         monkeypatch.setenv(variable.name, value)
         assert variable.read() == value
-    for value in ("false", "true", "yes", "2", variable.allowed[-1] + " "):
+    for value in () if variable.or_a_file else ("false", "true", "yes", "2", variable.allowed[-1] + " "):
         monkeypatch.setenv(variable.name, value)
         with pytest.raises(
             ValueError, match=f"{variable.name} must be one of .*{variable.allowed[-1]}.*, got '{value}'"

@@ -9,7 +9,6 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from compiled_fa import flash_attn_func, messages, ops
-from compiled_fa.engines import sdpa_cpu
 from compiled_fa.inductor import lowering
 
 OURS = {torch.ops.compiled_fa.attention.default, torch.ops.compiled_fa.attention_backward.default}
@@ -54,10 +53,9 @@ def test_a_plain_call_is_the_kernels(causal):
         assert torch.equal(ours, expected)
 
 
-def test_of_a_compiled_call_one_direction_may_stay_ours(monkeypatch):
+def test_of_a_compiled_call_one_direction_may_stay_ours():
     """Short bf16 calls are the sdpa_cpu engine's, their gradients the tiled one's."""
     torch._dynamo.reset()
-    monkeypatch.setattr(sdpa_cpu, "fast_bfloat16", lambda: True)
     tensors = inputs(dtype=torch.bfloat16)
     with torch._inductor.config.patch(force_disable_caches=True):
         compiled, code = run_and_get_code(out_and_gradients, torch.compile(flash_attn_func), *tensors)
@@ -83,8 +81,7 @@ def test_which_calls_become_the_kernels(options):
         ({"dtype": torch.bfloat16, "seqlen_q": 300, "seqlen_k": 300}, {}),  # the tiled engine's
     ],
 )
-def test_which_calls_stay_ours(monkeypatch, shapes, options):
-    monkeypatch.setattr(sdpa_cpu, "fast_bfloat16", lambda: True)
+def test_which_calls_stay_ours(shapes, options):
     assert attention_in_graph(inputs(**shapes), **options) == OURS
 
 

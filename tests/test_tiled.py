@@ -10,7 +10,7 @@ from support import Case, check_against_float64, make, run_tiled
 from tuned import retune
 
 from compiled_fa.engines import tiled
-from compiled_fa.engines.tiled import TileSizes, call, chunks, products
+from compiled_fa.engines.tiled import TileSizes, call, chunks
 from compiled_fa.engines.tiled import scratch as tiled_scratch
 from compiled_fa.engines.tiled.kernels import Kernels
 from compiled_fa.engines.tiled.scratch import Scratch
@@ -147,13 +147,6 @@ def tiles_run(monkeypatch):
     return ran
 
 
-@pytest.fixture
-def fast_bfloat16(monkeypatch):
-    """On whatever CPU: products of bf16 in bf16."""
-    monkeypatch.setattr(products, "fast_bfloat16", lambda: True)
-
-
-@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("options", [{}, {"causal": True, "heads_per_key": 2}, {"dropout_p": 0.2}], ids=str)
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "varlen"])
 def test_products_in_half_precision(tiles_run, options, dense):
@@ -163,7 +156,6 @@ def test_products_in_half_precision(tiles_run, options, dense):
     assert all(dtype == (torch.float32 if shape[1] == 1 else torch.bfloat16) for shape, dtype in tiles_run)
 
 
-@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"slopes": "batch"}], ids=str)
 def test_lengths_rounded_up(monkeypatch, tiles_run, options):
     """As bf16 sequences of very many lengths are."""
@@ -175,7 +167,6 @@ def test_lengths_rounded_up(monkeypatch, tiles_run, options):
     assert {192, 256} <= keys if not options else not keys & {130, 290}
 
 
-@pytest.mark.usefixtures("fast_bfloat16")
 def test_pages_end_where_their_table_does(monkeypatch, tiles_run):
     """Lengths are not rounded up there."""
     retune(monkeypatch, tiled={"bf16_lengths": 1})

@@ -11,7 +11,7 @@ import torch
 from .. import caches, engines
 from ..inductor.graphs import compiler
 from ..inductor.steps import eager_reason
-from ..tuning import current
+from ..tuning import described
 
 
 def _version(package: str) -> str:
@@ -46,6 +46,6 @@ def describe(device: torch.device, engine: str) -> dict[str, str]:
         "compute capability": capability,
         "engine": _engines(engine, device),
         "compiled steps": (eager_reason() or "yes, by Inductor") if device.type == "cpu" else "no, plain ops",
-        "tuned for": f"{current().name}: {current().measured_on}",
+        "tuning": described(),
         "caches": caches.contents(),
     }

@@ -1,8 +1,10 @@
 """The numbers that were tuned, all of them, each on the machine that its table names.
 
-form.py   what each number decides, and in what unit
-cpu.py    tables of CPUs
-gpu.py    tile sizes of the fused engine's kernels
+form.py     what each number decides, and in what unit
+cpu.py      tables of CPUs, by class
+classes.py  which class this CPU is of
+files.py    tables in files
+gpu.py      tile sizes of the fused engine's kernels
 
 A number that follows from something (a format, a kernel's limits, what a system does) stands where it is used; what was
 found by trying stands here. bench/NOTES.md has what was tried.
@@ -10,14 +12,46 @@ found by trying stands here. bench/NOTES.md has what was tried.
 
 from __future__ import annotations
 
-from .cpu import ZEN5
-from .form import FlexOptions, SdpaCpu, SplitKV, Tiled, Tuning
+from dataclasses import fields
+from pathlib import Path
 
-__all__ = ["FlexOptions", "SdpaCpu", "SplitKV", "Tiled", "Tuning", "current"]
+from .. import config
+from .classes import cpu_class
+from .cpu import TABLES
+from .files import load
+from .form import NEVER, FlexOptions, Fused, SdpaCpu, SplitKV, Tiled, Tuning
 
-_current = ZEN5
+__all__ = ["NEVER", "FlexOptions", "Fused", "SdpaCpu", "SplitKV", "Tiled", "Tuning", "current", "described"]
+
+_current: Tuning | None = None
 
 
 def current() -> Tuning:
-    """The table that is in force for engines on a CPU."""
+    """The table that is in force for engines on a CPU: that of its class, or what COMPILED_FA_TUNING asks for.
+
+    Read once a process. Raises ValueError for a name that is none, and a file that is no table.
+    """
+    global _current
+    if _current is None:
+        asked_for = config.TUNING.read()
+        if asked_for == "auto":
+            _current = TABLES[cpu_class()]
+        elif asked_for in TABLES:
+            _current = TABLES[asked_for]
+        elif Path(asked_for).is_file():
+            _current = load(Path(asked_for))
+        else:
+            raise ValueError(
+                f"the environment variable {config.TUNING.name} must be one of {list(config.TUNING.allowed)} or a file "
+                f"that compiled_fa.tuning.files.save wrote, got {asked_for!r}"
+            )
     return _current
+
+
+def described() -> str:
+    """The class of this CPU, the table in force, and where its parts were measured, or that they were not."""
+    table = current()
+    parts = {part.name: getattr(table, part.name).measured_on for part in fields(table) if part.name != "name"}
+    measured = "; ".join(f"{name}: {place or 'not measured'}" for name, place in parts.items())
+    served = f"{table.name}" if table.name == cpu_class() else f"{table.name}, on a CPU of class {cpu_class()}"
+    return f"{served} ({measured})"

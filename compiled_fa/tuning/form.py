@@ -1,32 +1,42 @@
 """What there is to tune: frozen dataclasses, one for each engine, and a table of them for a class of machine.
 
 "Rows" are query rows that share a key head: queries times query heads for each key head. Names that end in _bytes,
-_keys, _queries, _tokens, _rows count those; `_from_` is inclusive.
+_keys, _queries, _tokens, _rows count those; `_from_` is inclusive, and NEVER for "at no length". measured_on: the
+machine that found the numbers; None: nobody has measured there, and they are those that do no harm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 FlexOptions = tuple[tuple[str, int], ...]  # a kernel's tile sizes, warps and stages, by the flex template's names
+
+NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
 class SdpaCpu:
     """When PyTorch's CPU flash kernel leaves a call to tiles, and how calls of it are put together."""
 
-    # Forward, where the CPU has fast bf16: from so many keys (of an average sequence) on, bf16 is for tiles.
-    bf16_tiles_from_keys: int
-    # Forward: so few queries at most, on so many keys at least, are for tiles, which read keys faster.
+    measured_on: str | None
+    # Forward: so few queries at most, on so many keys at least, are for tiles, which read keys faster. Lengths are
+    # those of an average sequence.
     few_queries: int
     few_queries_tiles_from_keys: int
-    # Backward: causal with more queries than this is for tiles.
-    causal_backward_queries: int
+    # Forward in bf16: from so many keys on for tiles.
+    bf16_tiles_from_keys: int
+    # Backward, plain and causal, in bf16 and in all other dtypes: from so many queries on for tiles.
+    backward_tiles_from_queries: int
+    causal_backward_tiles_from_queries: int
+    bf16_backward_tiles_from_queries: int
+    bf16_causal_backward_tiles_from_queries: int
     # Packed sequences below this share a call with those of their lengths, of so many tokens at a time that they are
     # still in the cache when they are used.
     shared_call_below_tokens: int
     shared_call_tokens: int
-    # fp32 copies at a time, where fp16 is computed in fp32.
+    # Is bf16 computed in fp32, as fp16 always is? Copies in fp32 at a time.
+    widens_bf16: bool
     widened_bytes: int
 
 
@@ -34,22 +44,26 @@ class SdpaCpu:
 class SplitKV:
     """Which calls are served without tiles, and how their keys are split."""
 
+    measured_on: str | None
     # A step is code for a number of rows, each of which is unrolled: so many at most.
     most_rows: int
     # Few queries on many keys: keys of an average sequence, and elements of all keys, from which the step repays
     # itself beside tiles...
     decode_from_keys: int
     decode_from_elements: int
-    # ... and, in fp32 and fp64, beside PyTorch's kernel; half of them where sequences have the keys of the second.
-    decode_from_elements_wide: int
+    # ... and beside PyTorch's kernel, in 16 bits and in more; half of the latter where sequences have many keys.
+    decode_from_elements_beside_sdpa_16bit: int
+    decode_from_elements_beside_sdpa: int
     decode_long_keys: int
     # Keys of a split: enough splits for all threads, or, from so many keys on, few to be merged.
     split_keys: int
     long_split_keys: int
     long_split_from_keys: int
-    # Many short packed sequences: keys of the longest, at most, and elements of q, at least.
+    # Many short packed sequences: keys of the longest, at most, and elements of q, at least, beside tiles and beside
+    # PyTorch's kernel.
     short_keys: int
     short_from_elements: int
+    short_from_elements_beside_sdpa: int
     # Their queries run in blocks of so many rows, together with blocks that see as many keys, rounded up to a multiple.
     short_block_rows: int
     short_key_multiple: int
@@ -64,6 +78,7 @@ class SplitKV:
 class Tiled:
     """Tile sizes, and what runs together."""
 
+    measured_on: str | None
     # Queries or keys of a tile, at most; queries of a tile of bf16 products.
     tile: int
     bf16_tile_queries: int
@@ -76,7 +91,8 @@ class Tiled:
     # Scores of a tile, for each core; copies of k and v (forward), or of the query side (backward), that a chunk holds.
     score_bytes_a_core: int
     chunk_bytes: int
-    # Scores of a pair of heads from which bf16 products pay; among fewer, a rounding of one of them shows.
+    # Scores of a pair of heads from which products of bf16 are taken in bf16, where the CPU has instructions for them;
+    # among fewer, a rounding of one of them shows.
     bf16_from_scores: int
     # oneDNN compiles a product of bf16 for every shape. Packed sequences of more different lengths than this (under a
     # window or causal: the second) run as if their lengths were rounded up to a multiple.
@@ -98,11 +114,20 @@ class Tiled:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Options of the fused engine's kernels by (direction, head_dim, kind of features), and in dtypes that the tensor
+    cores do not take by (direction, head_dim)."""
+
+    measured_on: str | None
+    fp16: Mapping[tuple[str, int, str], FlexOptions]
+    wide: Mapping[tuple[str, int], FlexOptions]
+
+
+@dataclass(frozen=True)
 class Tuning:
-    """A class of machine, and on which machine its numbers were measured."""
+    """Of engines on a CPU, for a class of machine."""
 
     name: str
-    measured_on: str
     sdpa_cpu: SdpaCpu
     split_kv: SplitKV
     tiled: Tiled

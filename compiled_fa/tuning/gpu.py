@@ -5,7 +5,7 @@ No card was there to measure them on: they were found by compiling for sm_75 and
 
 from __future__ import annotations
 
-from .form import FlexOptions
+from .form import FlexOptions, Fused
 
 
 def _forward(block_m: int, block_n: int, num_warps: int, num_stages: int) -> FlexOptions:
@@ -23,7 +23,7 @@ def _backward(m1: int, n1: int, m2: int, n2: int, num_warps: int, num_stages: in
 # those cycles allow, "dense" causal, "many" with all. The tool's report compiles each with and without GQA; where the
 # first in order spills then, or takes all 64 KB though an equal one does not, this is the next. "packed" was not
 # searched: it is the dense entry, or where that spills the next of dense ones that does not.
-TURING: dict[tuple[str, int, str], FlexOptions] = {
+_TURING_FP16: dict[tuple[str, int, str], FlexOptions] = {
     ("forward", 32, "dense"): _forward(128, 64, 4, 2),  # 238, 2, 91 %
     ("forward", 32, "packed"): _forward(128, 64, 4, 2),  # 244, 2, 84 %
     ("forward", 32, "many"): _forward(64, 64, 4, 2),  # 163, 3, 26 %
@@ -54,7 +54,7 @@ TURING: dict[tuple[str, int, str], FlexOptions] = {
 # bf16 and fp32, which Turing's tensor cores do not take: scalar arithmetic on operands in shared memory, of which a
 # block has 64 KB. The largest tiles of a few tried that fit there; behind each, KB of shared memory with all features
 # in fp32. At head_dim 256 the smallest tiles do not fit backward, so that class is not here.
-TURING_WIDE: dict[tuple[str, int], FlexOptions] = {
+_TURING_WIDE: dict[tuple[str, int], FlexOptions] = {
     ("forward", 32): _forward(32, 32, 4, 1),
     ("forward", 64): _forward(32, 32, 4, 1),  # 20
     ("forward", 128): _forward(32, 32, 4, 1),  # 36
@@ -62,3 +62,6 @@ TURING_WIDE: dict[tuple[str, int], FlexOptions] = {
     ("backward", 64): _backward(32, 32, 32, 32, 8, 1),  # 36
     ("backward", 128): _backward(16, 16, 16, 16, 8, 1),  # 33
 }
+
+# Inductor's own tables begin with Ampere.
+TURING = Fused(measured_on=None, fp16=_TURING_FP16, wide=_TURING_WIDE)

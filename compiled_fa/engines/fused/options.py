@@ -9,7 +9,7 @@ import torch
 
 from ...problem import Direction
 from ...tuning import FlexOptions
-from ...tuning.gpu import TURING, TURING_WIDE
+from ...tuning.gpu import TURING
 from .mods import Features
 
 
@@ -24,8 +24,8 @@ def options_for(
     if capability >= (8, 0) or capability == (0, 0):
         return ()
     if dtype != torch.float16:
-        return TURING_WIDE[direction, _class(head_dim)]
-    return TURING[direction, _class(head_dim), _feature_class(features)]
+        return TURING.wide[direction, _class(head_dim)]
+    return TURING.fp16[direction, _class(head_dim), _feature_class(features)]
 
 
 def _feature_class(features: Features) -> str:

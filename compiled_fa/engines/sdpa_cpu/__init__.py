@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 
-from ...hardware import fast_bfloat16
 from ...messages import say_once
 from ...problem import Direction, Problem
 from ...scores import Window
@@ -56,10 +55,15 @@ def unsupported_reason(
 def defers(problem: Problem, direction: Direction, to: str) -> bool:
     """Are tiles faster at a call that this engine could serve? As measured: bench/NOTES.md."""
     tuned = current().sdpa_cpu
-    half = problem.q.dtype == torch.bfloat16 and fast_bfloat16()
+    bf16 = problem.q.dtype == torch.bfloat16
     seqlen_q, seqlen_k = problem.mean_seqlens
     if direction == "backward":
-        return half or (seqlen_q > tuned.causal_backward_queries and problem.window_in_force != EVERYTHING)
-    if half:
-        return seqlen_k >= tuned.bf16_tiles_from_keys
+        plain = problem.window_in_force == EVERYTHING
+        if bf16:
+            rim = tuned.bf16_backward_tiles_from_queries if plain else tuned.bf16_causal_backward_tiles_from_queries
+        else:
+            rim = tuned.backward_tiles_from_queries if plain else tuned.causal_backward_tiles_from_queries
+        return seqlen_q >= rim
+    if bf16 and seqlen_k >= tuned.bf16_tiles_from_keys:
+        return True
     return seqlen_k >= tuned.few_queries_tiles_from_keys and seqlen_q <= tuned.few_queries

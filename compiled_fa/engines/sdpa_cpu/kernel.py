@@ -81,8 +81,9 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def widens(q: Tensor) -> bool:
-    """Is it computed in fp32, in pieces? In fp16 the kernel takes twice the time that it takes in fp32."""
-    return q.dtype == torch.float16
+    """Is it computed in fp32, in pieces? In fp16 the kernel takes twice the time that it takes in fp32; in bf16, where
+    the CPU has no instructions for it, eight times with gradients."""
+    return q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and current().sdpa_cpu.widens_bf16)
 
 
 def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

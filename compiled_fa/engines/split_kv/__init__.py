@@ -55,7 +55,7 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
     if direction == "backward" or problem.q.device.type != "cpu" or eager_reason() is not None:
         return True
     decodes = decode.pays(problem, to) and decode.unsupported_reason(problem) is None
-    return not decodes and not (short_varlen.pays(problem) and short_varlen.unsupported_reason(problem) is None)
+    return not decodes and not (short_varlen.pays(problem, to) and short_varlen.unsupported_reason(problem) is None)
 
 
 def inlines(problem: Problem) -> bool:

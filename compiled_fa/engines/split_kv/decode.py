@@ -50,8 +50,10 @@ def pays(problem: Problem, instead_of: str) -> bool:
     if max(1, seqlens[0]) * problem.heads_per_key > tuned.most_rows or seqlens[1] < tuned.decode_from_keys:
         return False
     enough = tuned.decode_from_elements
-    if instead_of == "sdpa_cpu" and problem.k.dtype.itemsize >= 4:
-        enough = tuned.decode_from_elements_wide // (2 if seqlens[1] >= tuned.decode_long_keys else 1)
+    if instead_of == "sdpa_cpu" and problem.k.dtype.itemsize < 4:
+        enough = tuned.decode_from_elements_beside_sdpa_16bit
+    elif instead_of == "sdpa_cpu":
+        enough = tuned.decode_from_elements_beside_sdpa // (2 if seqlens[1] >= tuned.decode_long_keys else 1)
     return problem.k.numel() >= enough
 
 

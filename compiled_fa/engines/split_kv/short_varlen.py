@@ -60,11 +60,12 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def pays(problem: Problem) -> bool:
-    """Is it faster than other engines?"""
+def pays(problem: Problem, instead_of: str) -> bool:
+    """Is it faster than that engine?"""
     tuned, packed = current().split_kv, problem.packed
-    short = packed is not None and packed.max_seqlen_k <= tuned.short_keys
-    return short and problem.q.numel() >= tuned.short_from_elements
+    beside_sdpa = instead_of == "sdpa_cpu"
+    enough = tuned.short_from_elements_beside_sdpa if beside_sdpa else tuned.short_from_elements
+    return packed is not None and packed.max_seqlen_k <= tuned.short_keys and problem.q.numel() >= enough
 
 
 def _block_queries(problem: Problem) -> int:

@@ -1,8 +1,8 @@
 """The dtype of a tile's matrix products, and sums of products in a larger one.
 
-Products of bf16 are taken in bf16 where the CPU has instructions for them, which makes them three to four times as fast
-as in fp32; scores and probabilities are then rounded to bf16, as in naive attention, and sums over tiles are in fp32.
-fp16 has no fast products on today's CPUs, and is computed in fp32.
+Products of bf16 are taken in bf16 where the CPU has instructions for them (tuning/), which makes them three to four
+times as fast as in fp32; scores and probabilities are then rounded to bf16, as in naive attention, and sums over tiles
+are in fp32. fp16 has no fast products on today's CPUs, and is computed in fp32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...hardware import fast_bfloat16
 from ...tuning import current
 from .scratch import Scratch
 
@@ -20,7 +19,7 @@ def dtype(inputs: Tensor, arithmetic: torch.dtype, longest: tuple[int, int]) -> 
     here = inputs.device.type in ("cpu", "meta")  # meta: to ask what this machine would do
     if inputs.dtype != torch.bfloat16 or not here or longest[0] * longest[1] < current().tiled.bf16_from_scores:
         return arithmetic
-    return torch.bfloat16 if fast_bfloat16() else arithmetic
+    return torch.bfloat16
 
 
 def add(total: Tensor, a: Tensor, b: Tensor, scratch: Scratch) -> None:

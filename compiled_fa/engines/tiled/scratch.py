@@ -12,7 +12,13 @@ from torch import Tensor
 from ... import caches
 from ...tuning import current
 
-_kept = caches.Scratch("scratch", current().tiled.kept_buffer_bytes, current().tiled.kept_bytes)
+
+def _limits() -> tuple[int, int]:
+    tuned = current().tiled
+    return tuned.kept_buffer_bytes, tuned.kept_bytes
+
+
+_kept = caches.Scratch("scratch", _limits)
 
 
 class Scratch:
