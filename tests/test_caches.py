@@ -200,8 +200,8 @@ def test_inference_mode_leaves_nothing_behind(features, dense, engine):
 
 @pytest.mark.parametrize("step", ["decode", "short"])
 def test_plans_made_in_inference_mode_serve_others(monkeypatch, compiled_steps, step):
-    small = {"decode_from_keys": 1, "decode_from_elements": 1, "decode_from_elements_wide": 1, "short_from_elements": 1}
-    retune(monkeypatch, split_kv=small)
+    beside_sdpa = {"decode_from_elements_beside_sdpa": 1, "short_from_elements_beside_sdpa": 1}
+    retune(monkeypatch, split_kv={"decode_from_keys": 1, **beside_sdpa})
     lengths_q, lengths_k = ([1, 1], [90, 70]) if step == "decode" else ([9, 30, 4], [9, 30, 4])
     sides = (lengths_q, lengths_k, lengths_k)
     q, k, v = (torch.randn(sum(lengths), 2, 32, requires_grad=True) for lengths in sides)
