@@ -112,7 +112,6 @@ class Case(testing.Case):
         return " ".join(filter(None, [shape, heads, f"D{self.head_dim}", dtype, *features]))
 
 
-@dataclass
 class Inputs(testing.Inputs[Case]):
     """A case's tensors, and what peers add to the scores."""
 

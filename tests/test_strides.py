@@ -1,6 +1,5 @@
 """Tensors that lie in memory in unusual ways: every engine reads them where they are, forward and for all gradients."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -51,7 +50,6 @@ PACKED = (every_other_element, heads_first, head_dim_first, backwards, between_o
 ARRANGEMENTS = {True: (*PACKED, sequence_first), False: PACKED}
 
 
-@dataclass
 class Arranged(Data):
     """Inputs that reach the ops in an arrangement: q, k, v and dout."""
 

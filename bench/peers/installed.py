@@ -37,9 +37,8 @@ def _prepare_flash_attn(inputs: Inputs) -> Prepared:
     options: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size, "softcap": case.softcap}
     options["alibi_slopes"] = inputs.alibi_slopes
     if case.varlen:
-        return packed(
-            inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *inputs.packing, case.dropout_p, **options)
-        )
+        arguments = (*inputs.packing, case.dropout_p)
+        return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *arguments, **options))
     checked = (lambda q, k, v: flash_attn_func(q, k, v, **options)) if case.dropout_p else None
     return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, case.dropout_p, **options), checked)
 
@@ -89,7 +88,8 @@ def _prepare_turing(inputs: Inputs) -> Prepared:
 
     case = inputs.case
     if case.varlen:
-        return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *inputs.packing, case.causal))
+        packing = inputs.packing
+        return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *packing, case.causal))
     return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, case.causal))
 
 

@@ -58,18 +58,18 @@ def _dense(inputs: Inputs) -> Prepared:
 
 
 def _varlen(inputs: Inputs) -> Prepared:
-    options = _options(inputs)
-    return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *inputs.packing, **options))
+    options, packing = _options(inputs), inputs.packing
+    return packed(inputs, lambda q, k, v: flash_attn_varlen_func(q, k, v, *packing, **options))
 
 
 def _paged(inputs: Inputs) -> Prepared:
     """Keys and values in pages that lie in random order, as in a cache that has been in use for a while."""
-    options = _options(inputs)
+    options, packing = _options(inputs), inputs.packing
     k, v, block_table = inputs.pages()
     block_table = block_table[:, :-1].contiguous()  # lengths are alike: only the last column names no pages
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attn_varlen_func(q, k, v, *inputs.packing, **options, block_table=block_table)
+        return flash_attn_varlen_func(q, k, v, *packing, **options, block_table=block_table)
 
     return Prepared((inputs.q, k, v), attend, inputs.dout, lambda out: out)
 

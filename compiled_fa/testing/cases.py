@@ -93,7 +93,7 @@ def cumulative(lengths: Sequence[int], device: torch.device | str = "cpu") -> Te
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
-@dataclass
+@dataclass(eq=False)
 class Inputs(Generic[C]):
     """A case's tensors, packed whatever its layout; `laid_out` and `per_row` bring them into the ops'.
 
