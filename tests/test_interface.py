@@ -272,5 +272,5 @@ def test_engine_by_name(monkeypatch):
     with pytest.raises(ValueError, match=r"engine must be .*tiled.*got 'quick'"), compiled_fa.use_engine("quick"):
         pass
     monkeypatch.setenv("COMPILED_FA_ENGINE", "quick")
-    with pytest.raises(ValueError, match=r"engine must be .*got 'quick'"):
+    with pytest.raises(ValueError, match=r"COMPILED_FA_ENGINE must be .*got 'quick'"):
         flash_attn_func(q, k, v)
