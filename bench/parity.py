@@ -12,6 +12,7 @@ as much.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ class Reference:
 
     def __init__(self, inputs: Inputs, direction: Direction, dropout_seed: Tensor | None = None) -> None:
         case = inputs.case if dropout_seed is not None else replace(inputs.case, dropout_p=0.0)
-        self.inputs = replace(inputs, case=case, dropout_seed=dropout_seed, dlse=None)
+        changed: dict[str, Any] = {"case": case, "dropout_seed": dropout_seed, "dlse": None}
+        self.inputs = replace(inputs, **changed)
         self._expected = [(sample, self._expect(sample, direction != "forward")) for sample in self._samples()]
 
     def _samples(self) -> list[Sample]:

@@ -7,7 +7,7 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -78,7 +78,8 @@ def flash_attn_func(
     """
     _check_tensors(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
-    options = _options(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _seeded(options, ops.check_dense, q, k, v)
     out: Tensor
     lse: Tensor
     out, lse = ops.attention(q, k, v, *options, engines.requested())
@@ -188,7 +189,8 @@ def flash_attn_varlen_func(
         _length("max_seqlen_k", max_seqlen_k, k.shape[0] * k.shape[1] if paged else k.shape[0]),
         block_table,
     )
-    options = _options(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _seeded(options, ops.check_packed, q, k, v, *packing)
     out: Tensor
     lse: Tensor
     out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
@@ -318,9 +320,6 @@ def _length(argument: str, length: Any, total: int) -> int | torch.SymInt:
 
 
 def _options(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     dropout_p: float | None,
     softmax_scale: float | None,
     causal: bool,
@@ -328,7 +327,7 @@ def _options(
     softcap: float | None,
     alibi_slopes: Tensor | None,
 ) -> Options:
-    """The ops' options, with a dropout seed drawn from the device's generator where one is needed."""
+    """The ops' options, but for dropout's seed."""
     left, right = cast("tuple[int, int]", validation.window_size(window_size))  # or symbols of numbers
     scale = None if softmax_scale is None else validation.number("softmax_scale", softmax_scale)
     cap = 0.0 if softcap is None else validation.number("softcap", softcap)
@@ -338,6 +337,13 @@ def _options(
         _check_tensors(alibi_slopes=alibi_slopes)
     if dropout_p < NO_DROPOUT:
         dropout_p = 0.0
-    dropout_seed = seed.drawn(q, k, v) if dropout_p else None
-    causal = validation.flag("causal", causal)
-    return Options(scale, causal, left, right, cap, alibi_slopes, dropout_p, dropout_seed)
+    return Options(scale, validation.flag("causal", causal), left, right, cap, alibi_slopes, dropout_p)
+
+
+def _seeded(options: Options, check: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, *packing: Any) -> Options:
+    """With a seed from the device's generator, where there is dropout; a call that is refused draws none."""
+    if not options.dropout_p:
+        return options
+    if not torch.compiler.is_compiling():
+        check(q, k, v, *packing, *options._replace(dropout_p=0.0))
+    return options._replace(dropout_seed=seed.drawn(q, k, v))

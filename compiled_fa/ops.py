@@ -71,6 +71,16 @@ def _check_values(problem: Problem) -> None:
         validation.packed_values(problem.q, problem.k, problem.packed)
 
 
+def check_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
+    """What `attention` checks of these arguments without reading a tensor."""
+    _dense_problem(q, k, v, *options)
+
+
+def check_packed(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> None:
+    """What `varlen_attention` checks of these arguments without reading a tensor."""
+    _packed_problem(q, k, v, *arguments)
+
+
 def _unknown(argument: Any) -> bool:
     """A number of which tracing knows no value: a window or a length that is read off a tensor in compiled code."""
     if not isinstance(argument, torch.SymInt):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import Case, make, run_tiled
 
-from compiled_fa import flash_attn_func
+from compiled_fa import flash_attn_func, flash_attn_varlen_func
 from compiled_fa.engines.tiled import TileSizes
 from compiled_fa.testing.naive import keep_decisions
 
@@ -123,3 +123,16 @@ def test_decisions_are_those_of_every_version(seed, p, drawn):
     signed = element - 2**32 if element >= 2**31 else element
     kept = keep_decisions(torch.tensor([seed]), p, 1, 1, 1, j + 1, (batch, head, i))[0, 0, 0, j]
     assert bool(kept) == (signed + 2**31 >= round(p * 2**32))
+
+
+def test_a_refused_call_draws_no_seed():
+    q, k = torch.randn(2, 8, 2, 4), torch.randn(2, 8, 2, 5)
+    cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="k must be of q's head_dim"):
+        flash_attn_func(q, k, k, dropout_p=0.5)
+    with pytest.raises(ValueError, match="k must be of q's head_dim"):
+        flash_attn_varlen_func(q[0], k[0], k[0], cu_seqlens, cu_seqlens, 5, 5, dropout_p=0.5)
+    with pytest.raises(TypeError, match="cu_seqlens_k must be of dtype int32"):
+        flash_attn_varlen_func(q[0], q[0], q[0], cu_seqlens, cu_seqlens.long(), 5, 5, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
