@@ -63,14 +63,15 @@ for function in (_in_a_region_that_recomputes, _in_a_transform):
 def _recomputable(device: torch.device, requires_grad: bool) -> Tensor:
     """By an op that Inductor leaves alone: its own randint has a seed from outside of the checkpointed region.
 
-    With or without gradients it draws the same, for checkpointing that runs forward without, and again with them.
+    With or without gradients it draws the same, for checkpointing that runs forward without, and again with them. Where
+    nothing requires any, PyTorch does not compile a random op in a checkpointed region.
     """
     if _in_a_transform():
         raise NotImplementedError(
             "dropout_p must be 0 in a torch.func transform in compiled code that recomputes activations "
             "(torch._functorch.config.activation_memory_budget)"
         )
-    if not (requires_grad and torch.is_grad_enabled()):
+    if not requires_grad:
         return _random(device)
     seed: Tensor = checkpoint(_random, device, use_reentrant=False)
     return seed

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from support import cumulative
 
 from compiled_fa import flash_attn_func, flash_attn_varlen_func, ops
@@ -110,6 +111,27 @@ def test_window_size_in_compiled_code(form, made_inside, backend):
         assert q.grad is not None
         assert reference.grad is not None
         assert torch.allclose(q.grad, reference.grad, atol=1e-6)
+
+
+def test_what_is_not_known_is_not_inlined():
+    """Inductor has the kernel itself in place of a plain or causal call: this is one, or none, when it runs."""
+
+    def attend(q, k, right):
+        return flash_attn_func(q, k, k, window_size=(-1, right))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True)
+    k = torch.randn(1, 5, 2, 4)
+    with inductor_config.patch(force_disable_caches=True):  # PyTorch's know nothing of what we inline
+        for right in (0, 1, -1):
+            q, reference = Q.clone().requires_grad_(), Q.clone().requires_grad_()
+            found, expected = compiled(q, k, torch.tensor(right)), attend(reference, k, right)
+            assert torch.allclose(found, expected, atol=1e-6)
+            for out in (found, expected):
+                out.square().sum().backward()
+            assert q.grad is not None
+            assert reference.grad is not None
+            assert torch.allclose(q.grad, reference.grad, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

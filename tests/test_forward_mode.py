@@ -240,6 +240,20 @@ def test_through_vmap():
     assert torch.allclose(found, expected)
 
 
+def test_tangents_of_packed_sequences_through_vmap():
+    q, k, v = doubles(5, 2, 4, count=3)
+    along = doubles(5, 3, 2, 4, count=3)
+    lengths = cumulative([5])
+    call = lengths, lengths, 5, 5, None, None, True
+    results = OPS.varlen_attention(q, k, v, *call)
+    by_jvp = torch.func.vmap(lambda *x: torch.func.jvp(ours_packed, (q, k, v), x)[1], in_dims=1)(*along)
+    by_op = torch.func.vmap(lambda *x: OPS.varlen_attention_jvp(q, k, v, *x, *results, *call)[0], in_dims=1)(*along)
+    for at in range(3):
+        expected = torch.func.jvp(naive_packed, (q, k, v), tuple(x[:, at] for x in along))[1]
+        assert torch.allclose(by_jvp[at], expected)
+        assert torch.allclose(by_op[at], expected)
+
+
 def test_autocast_casts_tangents_too():
     q, k, v, *along = torch.randn(6, 1, 5, 2, 8).unbind()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -350,8 +364,9 @@ def test_opcheck(op):
     opcheck(getattr(OPS, op), (*tensors.values(), *packing, *options), test_utils="test_faketensor")
 
 
-def test_memory_is_linear(monkeypatch):
-    """At 4 times the length, no tensor grows by more than that."""
+@pytest.mark.parametrize("dim", ["batch", "seqlen"])
+def test_memory_is_linear(monkeypatch, dim):
+    """At 4 times the length no tensor grows by more than that, and at 4 times the batch no tile does."""
 
     class Largest(TorchDispatchMode):
         most = 0
@@ -362,16 +377,18 @@ def test_memory_is_linear(monkeypatch):
             self.most = max(self.most, *(x.numel() for x in tensors if isinstance(x, torch.Tensor)))
             return result
 
-    def largest(seqlen):
-        q = torch.zeros(1, seqlen, 1, 4)
-        problem = Problem.of(q, q, q, None)
+    def largest(batch, seqlen):
+        q = torch.zeros(batch, seqlen, 1, 4)
         with Largest() as mode:
-            tangent.tangents(problem, q, q, q, q, q.new_zeros(1, 1, seqlen))
+            tangent.tangents(Problem.of(q, q, q, None), q, q, q, q, q.new_zeros(batch, 1, seqlen))
         return mode.most
 
-    monkeypatch.setattr(tangent, "QUERIES", 64)
-    monkeypatch.setattr(tangent, "KEYS", 64)
-    assert largest(1024) <= 4 * largest(256)
+    for name, size in {"QUERIES": 64, "KEYS": 64, "SCORES": 1 << 13}.items():
+        monkeypatch.setattr(tangent, name, size)
+    if dim == "seqlen":
+        assert largest(1, 1024) <= 4 * largest(1, 256)
+    else:
+        assert largest(8, 64) == largest(2, 64) == 1 << 13
 
 
 @pytest.mark.parametrize("among", ["q_tangent", "k_tangent", "v_tangent", "out", "lse"])

@@ -1,6 +1,8 @@
 """Dropout where backward recomputes forward: it drops what forward dropped, and compiled code what eager code drops."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,17 +183,26 @@ def test_every_call_draws(inputs):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("budget", [0.0, 1.0])
 @pytest.mark.parametrize("strict", [True, False])
-def test_an_exported_program_draws_by_randint(strict):
+def test_an_exported_program_draws_by_randint(strict, budget):
     class Model(torch.nn.Module):
         def forward(self, q):
             return flash_attn_func(q, q, q, dropout_p=0.5)
 
-    q = torch.randn(1, 5, 2, 4)
-    program = torch.export.export(Model(), (q,), strict=strict)
+    q = torch.randn(1, 5, 2, 4, requires_grad=True)
+    with functorch_config.patch(activation_memory_budget=budget):
+        program = torch.export.export(Model(), (q,), strict=strict)
     assert "randint" in str(program.graph)
     assert "checkpoint" not in str(program.graph)
     torch.manual_seed(1)
     found = program.module()(q)
     torch.manual_seed(1)
     assert torch.equal(found, flash_attn_func(q, q, q, dropout_p=0.5))
+
+
+def test_importing_the_package_imports_no_compiler():
+    """To import Dynamo takes longer than to import all else."""
+    program = "import compiled_fa, sys; print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
