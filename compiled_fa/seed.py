@@ -22,41 +22,37 @@ SEEDS = 2**62
 
 def drawn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """int64 (1,), for a call with these inputs."""
-    device = q.device
-    if torch.compiler.is_exporting():
-        return torch.randint(SEEDS, (1,), device=device, dtype=torch.int64)
     if torch.compiler.is_dynamo_compiling():
-        if _recomputes() or _in_a_region_that_recomputes():
-            return _recomputable(device, q.requires_grad or k.requires_grad or v.requires_grad)
+        if _recomputes():
+            return _recomputable(q.device, q.requires_grad or k.requires_grad or v.requires_grad)
     elif get_proxy_mode() is not None and _recomputes():
         raise NotImplementedError(
             "dropout_p must be 0 where AOTAutograd traces without torch.compile and recomputes activations: the seed "
             "would be drawn again, and backward would drop other probabilities"
         )
-    return torch.randint(SEEDS, (1,), device=device, dtype=torch.int64)
+    return torch.randint(SEEDS, (1,), device=q.device, dtype=torch.int64)
 
 
 def _recomputes() -> bool:
-    """May the partitioner recompute random numbers?"""
-    return (
+    """May random numbers be recomputed? The partitioner is told by settings, and by marks on what is traced."""
+    if torch.compiler.is_exporting():
+        return False
+    marks = traceback.current_meta.get("custom") or {}
+    return bool(
         functorch_config.activation_memory_budget != 1.0
         or functorch_config.aggressive_recomputation
         or not functorch_config.ban_recompute_not_in_allowlist
+        or marks.get("_region_activation_memory_budget", 1.0) != 1.0
     )
-
-
-def _in_a_region_that_recomputes() -> bool:
-    """Inside torch.autograd.graph.region_activation_memory_budget, which only marks what is traced."""
-    marks = traceback.current_meta.get("custom") or {}
-    return bool(marks.get("_region_activation_memory_budget", 1.0) != 1.0)
 
 
 def _in_a_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# Asked while tracing: what torch.compiler.assume_constant_result does, which would import Dynamo for it.
-for function in (_in_a_region_that_recomputes, _in_a_transform):
+# Dynamo calls them when it traces, and right after it the partitioner looks at the same settings. This is what
+# torch.compiler.assume_constant_result does, which would import Dynamo for it.
+for function in (_recomputes, _in_a_transform):
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -141,10 +141,14 @@ def test_transforms_inside_of_what_recomputes_are_refused(inputs):
     mapped = torch.compile(torch.func.vmap(layer, randomness="same"), fullgraph=True, backend="aot_eager")
     inputs = [x[None] for x in inputs]
     mapped(*inputs)
+    torch._dynamo.reset()
     with functorch_config.patch(activation_memory_budget=0.0), pytest.raises(Exception, match="func transform"):
         mapped(*inputs)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.autograd.graph, "region_activation_memory_budget"), reason="newer than this torch"
+)
 def test_in_a_region_of_no_budget(inputs):
     def region(q, k, v):
         with torch.autograd.graph.region_activation_memory_budget(0.0):
@@ -203,6 +207,7 @@ def test_an_exported_program_draws_by_randint(strict, budget):
 
 def test_importing_the_package_imports_no_compiler():
     """To import Dynamo takes longer than to import all else."""
-    program = "import compiled_fa, sys; print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
+    program = "import sys, torch; before = set(sys.modules); import compiled_fa; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert "compiled_fa.seed" in done.stdout.split()
+    assert not {"torch._dynamo", "torch._inductor", "sympy"} & set(done.stdout.split())
