@@ -124,8 +124,8 @@ def _call(drawn: random.Random) -> tuple[Case, Direction]:
             options["page_size"] = drawn.choice((16, 64, 256))
         causal = causal and queries > 1
     lengths, nheads_k = _bounded(lengths, nheads_k, heads_per_key, head_dim)
-    shape = {"nheads_k": nheads_k, "heads_per_key": heads_per_key, "head_dim": head_dim}
-    case = Case(tuple(lengths), dtype=dtype, causal=causal, **shape, **options)
+    options |= {"nheads_k": nheads_k, "heads_per_key": heads_per_key, "head_dim": head_dim}
+    case = Case(tuple(lengths), dtype=dtype, causal=causal, **options)
     decodes = "decode" in kind
     return case, "forward" if decodes or drawn.random() < 0.5 else "forward+backward"
 
@@ -210,7 +210,7 @@ def measure(case: Case, direction: Direction, seconds: float, rounds: int | None
         packed = tuple(x if inputs.varlen else x.flatten(0, 1) for x in computed(engines))
         if (complaint := reference.complaint(packed, 1.0)) is not None:
             return Found(case, direction, routes, {}, {}, f"{name}: {complaint}")
-    runs = {name: partial(computed, engines) for name, engines in choices.items()}
+    runs: dict[str, Callable[[], object]] = {name: partial(computed, engines) for name, engines in choices.items()}
     timings, ratios = compared(runs, inputs.device, seconds, SPREAD, rounds, HOPELESS)
     return Found(case, direction, routes, timings, ratios)
 
