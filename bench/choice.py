@@ -28,7 +28,7 @@ from .parity import Reference
 from .records import described
 from .timing import Ratio, Timing, compared
 
-CALLS = 220
+CALLS = 200
 TARGETS = {"median": 1.02, "95th percentile": 1.10, "worst": 1.30}
 SPREAD = 0.03  # of auto / another, at which a call has been timed enough
 HOPELESS = 0.6  # auto / another: such a one will not be the fastest

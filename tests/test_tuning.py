@@ -15,6 +15,7 @@ import torch
 from support import Case, check_against_float64, make, run_op
 from tuned import retune
 
+from bench.cases import Inputs
 from compiled_fa import config, tuning
 from compiled_fa.engines import select
 from compiled_fa.engines.sdpa_cpu import kernel
@@ -431,6 +432,16 @@ def test_what_the_command_times_are_calls_that_engines_serve(monkeypatch, table)
         value_of(table, step.name)
         for run in step.pair(step.sizes[0]) if isinstance(step, Rim) else [step.run()]:
             run()
+
+
+@pytest.mark.parametrize("elements", [1 << 14, 99_999, 370_728, 1 << 20])
+def test_calls_have_as_many_elements_as_the_size_says(elements):
+    """So that the rim that is found is of what the field counts."""
+    cache, packed = (Inputs.of(case(elements, torch.float32)) for case in (tune._cache, tune._packed))
+    assert cache.k.numel() == pytest.approx(elements, rel=0.02)
+    assert packed.q.numel() == pytest.approx(elements, rel=0.02)
+    assert cache.case.max_seqlen_k < cpu.PLAIN.split_kv.decode_long_keys
+    assert packed.case.max_seqlen_k <= cpu.PLAIN.split_kv.short_keys
 
 
 def test_another_table_for_a_while():

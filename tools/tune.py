@@ -29,6 +29,7 @@ from compiled_fa.tuning.files import PARTS, save
 from tools.tuning_search import Found, Pick, Rim, Run, Step, settle_all, told
 
 LENGTH = 2048  # at which tiles are cut
+WIDTH = 4 * 64  # of the key heads of what split_kv is timed with
 BF16 = torch.bfloat16
 
 
@@ -84,9 +85,9 @@ def _few_queries(queries: int, keys: int) -> tuple[Run, Run]:
 
 def _cache(elements: int, dtype: torch.dtype) -> Case:
     """One query on short caches of so many elements of keys: below what counts as many keys."""
-    rows = elements // (4 * 64)
-    keys = min(rows, 512)
-    return Case(((1, keys),) * (rows // keys), dense=True, nheads_k=4, heads_per_key=4, dtype=dtype)
+    rows = elements // WIDTH
+    batch = -(-rows // 512)
+    return Case(((1, rows // batch),) * batch, dense=True, nheads_k=4, heads_per_key=4, dtype=dtype)
 
 
 def _decoding(dtypes: tuple[torch.dtype, ...], instead_of: str, elements: int) -> tuple[Run, Run]:
@@ -95,10 +96,18 @@ def _decoding(dtypes: tuple[torch.dtype, ...], instead_of: str, elements: int) -
     return split, other
 
 
-def _short(instead_of: str, elements: int) -> tuple[Run, Run]:
+def _packed(elements: int, dtype: torch.dtype) -> Case:
     """Sequences of 1 to 64 tokens, of so many elements of q."""
-    lengths = [1 + 37 * number % 64 for number in range(max(1, elements // (32 * 4 * 64)))]
-    cases = [Case.packed(lengths, nheads_k=4, dtype=dtype) for dtype in (torch.float32, BF16)]
+    lengths: list[int] = []
+    left = elements // WIDTH
+    while left:
+        lengths.append(min(left, 1 + 37 * len(lengths) % 64))
+        left -= lengths[-1]
+    return Case.packed(lengths, nheads_k=4, dtype=dtype)
+
+
+def _short(instead_of: str, elements: int) -> tuple[Run, Run]:
+    cases = [_packed(elements, dtype) for dtype in (torch.float32, BF16)]
     split, other = (_together(*(_forward(case, engine) for case in cases)) for engine in ("split_kv", instead_of))
     return split, other
 
