@@ -19,7 +19,7 @@ from .peers import PEERS
 from .processes import first_use_records, memory_records
 from .progress import Progress
 from .race import race
-from .records import ROOT, Writer, circumstances, described, of_outcome
+from .records import ROOT, Writer, circumstances, cpu_model, described, of_outcome
 from .suites import RACES, Entry, memory
 
 SUITES = (*RACES, "memory", "compile", "choice")
@@ -124,7 +124,7 @@ def _choice_suite(options: argparse.Namespace, device: torch.device) -> Iterator
     for number, (case, direction) in enumerate(drawn):
         progress.show(number, f"{case.label}, {direction}")
         measured = choice.measure(case, direction, options.seconds / 2, rounds)
-        record = {"class": cpu_class(), **choice.record_of(measured)}
+        record = {"cpu": cpu_model(), "class": cpu_class(), **choice.record_of(measured)}
         progress.clear()
         print(choice.row(record), flush=True)
         found.append(record)

@@ -33,14 +33,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def processor() -> str:
-    """The CPU's model, and what PyTorch uses of it."""
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def cpu_model() -> str:
+    """The CPU's model by name and by its maker's numbers, which tell generations apart that share a name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    said = dict((part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+    named = [said[name] for name in ("model name",) if name in said] or [platform.processor() or platform.machine()]
+    return ", ".join([*named, *(f"{name} {said[name]}" for name in ("cpu family", "model") if name in said)])
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

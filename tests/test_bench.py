@@ -341,7 +341,7 @@ def test_choice_is_measured_and_recorded(monkeypatch, tmp_path, capsys):
     found = records.read([file])
     assert [record["case"] for record in found] == [case.label for case, _ in cases]
     for record in found:
-        assert {"commit", "machine", "class", "threads", "time", "decided_by"} <= record.keys()
+        assert {"commit", "machine", "cpu", "class", "threads", "time", "decided_by"} <= record.keys()
         assert (record["suite"], record["status"]) == ("choice", "chosen")
         others = {name: times["auto_over_it"] for name, times in record["engines"].items() if name != "auto"}
         assert record["auto"] in others

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.cases import Case, Inputs
-from bench.records import processor
+from bench.records import cpu_model
 from compiled_fa import ops, tuning
 from compiled_fa.inductor.steps import eager_reason
 from compiled_fa.tuning import NEVER, Tuning
@@ -165,7 +165,7 @@ def steps(table: Tuning) -> list[Step]:
 def here() -> str:
     """This machine and the day, as a table names it."""
     threads = torch.get_num_threads()
-    return f"{threads} cores of {processor()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, by tools.tune"
+    return f"{threads} cores of {cpu_model()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, by tools.tune"
 
 
 def signed(table: Tuning, before: Tuning, found: list[Found], place: str) -> Tuning:
