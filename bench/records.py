@@ -45,7 +45,10 @@ def _processor() -> str:
 def cpu_model() -> str:
     """The CPU's model by name and by its maker's numbers, which tell generations apart that share a name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    said = dict((part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+    said: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        said[name.strip()] = value.strip()
     named = [said[name] for name in ("model name",) if name in said] or [platform.processor() or platform.machine()]
     return ", ".join([*named, *(f"{name} {said[name]}" for name in ("cpu family", "model") if name in said)])
 
