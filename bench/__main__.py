@@ -25,6 +25,7 @@ from .suites import RACES, Entry, memory
 SUITES = (*RACES, "memory", "compile", "choice")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
+classes (of CPUs: a case of each kind),
 published (the shapes of flash-attention's README, for a GPU), memory (peaks, each in a process of its own), compile
 (first use in a new process, cache cold and warm), choice (random calls on a CPU: how much slower is auto than
 the fastest engine? --calls of them, of --seed; the first time they compile for minutes).

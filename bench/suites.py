@@ -132,12 +132,39 @@ def memory(quick: bool) -> list[Entry]:
     return entries
 
 
+def classes(quick: bool) -> list[Entry]:
+    """What classes of CPU are compared by: a case of each kind that one of them is, or was, slow at."""
+    bf16, long, some = torch.bfloat16, 192 if quick else 4096, 96 if quick else 2048
+    beside = ("ours", "SDPA")
+    entries = []
+    for dtype in (torch.float32, bf16):
+        entries += [Entry(Case.uniform(33 if quick else 128, dtype=dtype), beside, FORWARD)]
+        entries += [Entry(Case.uniform(some, dtype=dtype), beside)]
+        entries += [Entry(Case.uniform(long, dtype=dtype, causal=True), beside)]
+    entries += [Entry(Case.uniform(some, dtype=bf16, head_dim=128), beside, FORWARD)]
+    entries += [Entry(Case.uniform(some, dtype=bf16, heads_per_key=4), beside, FORWARD)]
+    drawn = random.Random(0)
+    packed = [drawn.randint(5, 80) if quick else drawn.randint(64, 1024) for _ in range(5 if quick else 16)]
+    many = [drawn.randint(1, 64) for _ in range(12 if quick else 2000)]
+    for dtype in (torch.float32, bf16):
+        for lengths in (packed, many):
+            entries += [Entry(Case.packed(lengths, dtype=dtype), ("ours", "SDPA padded", "SDPA loop"), FORWARD)]
+        window = Case.uniform(2 * long, dtype=dtype, window_size=(16 if quick else 512, 0))
+        entries += [Entry(window, beside, FORWARD)]
+        entries += [Entry(Case.uniform(some, dtype=dtype, dropout_p=0.1), beside, BOTH[1:])]
+        for keys in (50,) if quick else (256, 4096):
+            decoding = Case(((1, keys),), dense=True, nheads_k=8, heads_per_key=4, head_dim=128, dtype=dtype)
+            entries += [Entry(decoding, beside, FORWARD)]
+    return entries
+
+
 RACES: dict[str, Callable[[bool], list[Entry]]] = {
     "dense": dense,
     "varlen": varlen,
     "variants": variants,
     "decode": decode,
     "short": short,
+    "classes": classes,
     "scale": scale,
     "published": published,
 }
