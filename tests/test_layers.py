@@ -13,11 +13,11 @@ ROOT = Path(compiled_fa.__file__).parent
 
 # From the ground up. A module may import those below its own line, and those of its own package.
 LAYERS = [
-    {"messages", "flattening", "config", "forward_mode", "memory", "seed", "turing", "without_numpy"},
+    {"messages", "flattening", "config", "forward_mode", "memory", "seed", "turing", "without_numpy", "rotation"},
     {"caches", "tuning"},
     {"inductor", "scores"},
     {"problem"},
-    {"validation"},
+    {"validation", "cache_call"},
     {"cache_validation"},
     {"rotary"},
     {"engines.engine"},
@@ -25,8 +25,9 @@ LAYERS = [
     {"engines.selection"},
     {"engines"},
     {"batching", "tangent"},
-    {"ops", "probabilities"},
+    {"ops", "probabilities", "cache_ops"},
     {"interface"},
+    {"kvcache"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
     {"check"},
