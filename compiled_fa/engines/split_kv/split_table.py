@@ -135,7 +135,7 @@ def divided(span: tuple[int, int], split: int) -> tuple[int, int]:
 def whole_splits(
     starts: Sequence[int], counts: Sequence[int], first: int, split: int, run: int, pages: Pages
 ) -> WholeSplits:
-    """starts: where each sequence's splits begin. counts: its whole ones. first: which is the first of these sequences."""
+    """starts: where each sequence's splits begin. counts: its whole ones. first: the first of these sequences."""
     start, splits = torch.tensor([starts, counts], device="cpu")
     before = splits.cumsum(0) - splits
     everyone = torch.arange(len(starts), device="cpu")
