@@ -67,7 +67,7 @@ def _laid_out(problem: Problem, batch: int, out: Tensor, lse: Tensor) -> tuple[T
     return out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
 
 
-# Not by torch.library.custom_op, which goes through the schema, argument by argument, at every call of an op that writes.
+# Not by torch.library.custom_op, which goes through the schema at every call of an op that writes.
 _LIBRARY = torch.library.Library("compiled_fa", "FRAGMENT")
 _LIBRARY.define(NAME + SCHEMA, tags=(torch.Tag.needs_exact_strides,))  # engines read the cache where it lies
 
