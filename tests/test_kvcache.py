@@ -471,7 +471,7 @@ BAD = [
     bad("cache_seqlens must be at least 0, got -4", cache_seqlens=ints(5, -4)),
     bad("cache_seqlens must be at most 9, so that 3 new keys fit in k_cache, got 10", cache_seqlens=ints(5, 10)),
     bad("cache_seqlens must be at most 9, so that 3 new keys fit in k_cache, got 10", RuntimeError, cache_seqlens=10),
-    bad("cache_seqlens must be k_cache's length, 12, got 13", k=None, v=None, cache_seqlens=ints(13, 0)),
+    bad("cache_seqlens must be at most 12 in k_cache, got 13", k=None, v=None, cache_seqlens=ints(13, 0)),
     bad("cache_batch_idx must be of dtype int32, got torch.int64", TypeError, cache_batch_idx=torch.tensor([0, 1])),
     bad("cache_batch_idx must be of q's batch, 2, got 3", cache_batch_idx=ints(0, 1, 1)),
     bad("cache_batch_idx must be rows of k_cache, from 0 to 1, got 0 to 2", cache_batch_idx=ints(0, 2)),
