@@ -10,7 +10,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compiled_fa import ops, tuning, use_engine
-from compiled_fa.engines import ENGINES, select
+from compiled_fa.engines import ENGINES, sdpa_cpu, select, split_kv
 from compiled_fa.engines.selection import IN_CONTEXT
 from compiled_fa.problem import Direction as Way
 from compiled_fa.problem import Problem
@@ -80,10 +80,10 @@ def named(engines: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------ the calls
 
 
-def calls(count: int, seed: int = 0) -> list[tuple[Case, Direction]]:
+def calls(count: int, seed: int = 0, most_products: int = MOST_PRODUCTS) -> list[tuple[Case, Direction]]:
     """Random ones, the same for every count that has them."""
     drawn = random.Random(seed)
-    return [_call(drawn) for _ in range(count)]
+    return [_call(drawn, most_products) for _ in range(count)]
 
 
 def _length(drawn: random.Random, first: int, last: int) -> int:
@@ -91,7 +91,7 @@ def _length(drawn: random.Random, first: int, last: int) -> int:
     return min(last, int(first * ((last + 1) / first) ** drawn.random()))
 
 
-def _call(drawn: random.Random) -> tuple[Case, Direction]:
+def _call(drawn: random.Random, most_products: int) -> tuple[Case, Direction]:
     (kind,) = drawn.choices(KINDS, SHARES)
     (dtype,) = drawn.choices(DTYPES, DTYPE_SHARES)
     heads_per_key, head_dim = drawn.choice(COMPILED_FOR)
@@ -123,7 +123,7 @@ def _call(drawn: random.Random) -> tuple[Case, Direction]:
         if kind == "paged decode":
             options["page_size"] = drawn.choice((16, 64, 256))
         causal = causal and queries > 1
-    lengths, nheads_k = _bounded(lengths, nheads_k, heads_per_key, head_dim)
+    lengths, nheads_k = _bounded(lengths, nheads_k, heads_per_key, head_dim, most_products)
     options |= {"nheads_k": nheads_k, "heads_per_key": heads_per_key, "head_dim": head_dim}
     case = Case(tuple(lengths), dtype=dtype, causal=causal, **options)
     decodes = "decode" in kind
@@ -131,13 +131,13 @@ def _call(drawn: random.Random) -> tuple[Case, Direction]:
 
 
 def _bounded(
-    lengths: list[tuple[int, int]], nheads_k: int, heads_per_key: int, head_dim: int
+    lengths: list[tuple[int, int]], nheads_k: int, heads_per_key: int, head_dim: int, most_products: int
 ) -> tuple[list[tuple[int, int]], int]:
     """As many sequences and heads as a call may have; of one that is too long by itself, a half of its lengths."""
 
     def too_much() -> bool:
         products = nheads_k * heads_per_key * head_dim * sum(q * k for q, k in lengths)
-        return products > MOST_PRODUCTS or nheads_k * head_dim * sum(k for _, k in lengths) > MOST_KEYS
+        return products > most_products or nheads_k * head_dim * sum(k for _, k in lengths) > MOST_KEYS
 
     while too_much():
         if nheads_k > 2 or (nheads_k > 1 and len(lengths) == 1):
@@ -152,20 +152,20 @@ def _bounded(
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def _ways(direction: Direction) -> tuple[Way, ...]:
+def ways(direction: Direction) -> tuple[Way, ...]:
     return ("forward",) if direction == "forward" else ("forward", "backward")
 
 
 def able(problem: Problem, direction: Direction) -> list[tuple[str, ...]]:
     """The engines that could serve a call, one for each direction: every combination."""
     found: list[tuple[str, ...]] = [()]
-    for way in _ways(direction):
+    for way in ways(direction):
         names = [e.name for e in ENGINES if e.unsupported_reason(problem.q.device, problem, way) is None]
         found = [(*before, name) for before in found for name in names]
     return found
 
 
-def _op(inputs: Inputs) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+def op_of(inputs: Inputs) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
     """q, k and v in their layout, and what calls the op with them, by the engines in force when it is called."""
     options = *inputs.options, IN_CONTEXT
     if not inputs.varlen:
@@ -180,7 +180,7 @@ def _op(inputs: Inputs) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
 
 def computing(inputs: Inputs, direction: Direction) -> Callable[[tuple[str, ...]], tuple[Tensor, ...]]:
     """-> what computes (out,) or (out, dq, dk, dv) by the engines of each direction."""
-    leaves, attend = _op(inputs)
+    leaves, attend = op_of(inputs)
     leaves = tuple(x.detach().requires_grad_(direction != "forward") for x in leaves)
     dout = inputs.laid_out(inputs.dout)
 
@@ -203,7 +203,7 @@ def measure(case: Case, direction: Direction, seconds: float, rounds: int | None
     """
     inputs = Inputs.of(case)
     problem, computed = inputs.problem(), computing(inputs, direction)
-    routes = {way: select(problem, way).engine.name for way in _ways(direction)}
+    routes = {way: select(problem, way).engine.name for way in ways(direction)}
     choices = {"auto": ("auto",) * len(routes), **{named(engines): engines for engines in able(problem, direction)}}
     reference = Reference(inputs, direction)
     for name, engines in choices.items():
@@ -218,21 +218,25 @@ def measure(case: Case, direction: Direction, seconds: float, rounds: int | None
 # -------------------------------------------------------------------------------------------------------------- telling
 
 
-def deciding(found: Found) -> dict[str, int]:
-    """The table's numbers, "part.field", of which another value would by itself have given the call to the fastest
-    engine; and their values."""
-    table, decided = tuning.current(), {}
+def _value(part: object, name: str, problem: Problem) -> float:
+    rule: tuning.Rule = getattr(part, name)
+    return rule.value(problem.features)
+
+
+def deciding(found: Found) -> dict[str, float]:
+    """The table's rules, "part.field", which took another engine than the fastest; and their values at this call."""
+    table = tuning.current()
+    decided: dict[str, float] = {}
     problem = Inputs.of(found.case).problem()
     for (way, chosen), best in zip(found.routes.items(), found.best.split("+"), strict=True):
         if chosen == best:
             continue
-        for part in ("sdpa_cpu", "split_kv"):
-            numbers = getattr(table, part)
-            for name in (field.name for field in fields(numbers) if "_from_" in field.name or "few" in field.name):
-                for other in (0, tuning.NEVER):
-                    with tuning.using(tuning.changed(**{part: {name: other}})):
-                        if select(replace(problem, notes={}), way).engine.name == best:
-                            decided[f"{part}.{name}"] = getattr(numbers, name)
+        if "split_kv" in (chosen, best):
+            name = split_kv.rule(problem, best if chosen == "split_kv" else chosen)
+            decided |= {} if name is None else {f"split_kv.{name}": _value(table.split_kv, name, problem)}
+        else:
+            name = sdpa_cpu.rule(problem, way)
+            decided[f"sdpa_cpu.{name}"] = _value(table.sdpa_cpu, name, problem)
     return decided
 
 
@@ -262,8 +266,7 @@ def summary(regrets: Sequence[float]) -> dict[str, float]:
 def _decided(record: dict[str, Any]) -> str:
     if record["best"] == record["auto"]:
         return "nothing: auto took the fastest, and what is left is its own time, or noise"
-    values = {name: "never" if value == tuning.NEVER else value for name, value in record["decided_by"].items()}
-    return ", ".join(f"{name} {value}" for name, value in values.items()) or "no number alone"
+    return ", ".join(f"{name} {value:+.2f}" for name, value in record["decided_by"].items()) or "no rule"
 
 
 HEADER = f"{'case':<60}{'dir':>8}  {'auto takes':<19}{'regret':>6}  time / auto's, by name"

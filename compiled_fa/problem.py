@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .scores import Dropout, ScoreProgram, Window
+from .tuning import Sizes
 
 Direction = Literal["forward", "backward"]
 Found = TypeVar("Found")
@@ -182,6 +183,13 @@ class Problem:
         if self.packed is None:
             return self.k.shape[0] * self.k.shape[1]
         return self.k.shape[0] if self.packed.block_table is None else self.packed.host_sums[1][-1]
+
+    @functools.cached_property
+    def features(self) -> tuple[float, ...]:
+        """What a tuned rule weighs."""
+        (queries, keys), (nheads, head_dim) = self.mean_seqlens, self.q.shape[-2:]
+        causal, packed = bool(self.window_in_force.right == 0), self.packed is not None
+        return Sizes(queries, keys, self.batch, nheads, self.heads_per_key, head_dim, causal, packed).features()
 
     @property
     def lse_dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -287,11 +288,13 @@ def test_regret_is_time_of_auto_over_that_of_the_fastest():
     assert choice.deciding(found) == {}
     bf16 = chosen({"sdpa_cpu": 1.5, "tiled": 1.01}, dtype=torch.bfloat16)
     assert (bf16.auto, bf16.best, bf16.regret) == ("tiled", "sdpa_cpu", 1.5)
-    assert choice.deciding(bf16) == {"sdpa_cpu.bf16_tiles_from_keys": 256}
+    assert choice.deciding(bf16) == {"sdpa_cpu.tiles_forward_bf16": pytest.approx(math.log(256 / 600))}
     pairs = {"sdpa_cpu+sdpa_cpu": 1.2, "sdpa_cpu+tiled": 1.0, "tiled+sdpa_cpu": 0.9}
     gradients = chosen(pairs, "forward+backward", causal=True)
     assert (gradients.auto, gradients.best) == ("sdpa_cpu+tiled", "sdpa_cpu+sdpa_cpu")
-    assert choice.deciding(gradients) == {"sdpa_cpu.causal_backward_tiles_from_queries": 257}
+    assert choice.deciding(gradients) == {"sdpa_cpu.tiles_backward": pytest.approx(math.log(257 / 600))}
+    longer = replace(chosen({"sdpa_cpu": 1.1, "split_kv": 1.0}), case=Case(((1, 9000),), dense=True, nheads_k=2))
+    assert choice.deciding(replace(longer, routes={"forward": "split_kv"})).keys() == {"split_kv.decode_beside_sdpa"}
     record = choice.record_of(gradients)
     assert record["status"] == "chosen"
     assert record["regret"] == 1.2
@@ -306,10 +309,10 @@ def test_regret_is_time_of_auto_over_that_of_the_fastest():
     ]
     told = [
         f"  1.50 (spread 0%)  {bf16.case.label}, forward: auto took tiled, fastest sdpa_cpu",
-        "        decided by: sdpa_cpu.bf16_tiles_from_keys 256",
+        "        decided by: sdpa_cpu.tiles_forward_bf16 -0.85",
         f"  1.20 (spread 0%)  {gradients.case.label}, forward+backward: auto took sdpa_cpu+tiled, "
         "fastest sdpa_cpu+sdpa_cpu",
-        "        decided by: sdpa_cpu.causal_backward_tiles_from_queries 257",
+        "        decided by: sdpa_cpu.tiles_backward -0.85",
     ]
     assert lines[5:] == told
 

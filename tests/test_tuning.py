@@ -15,13 +15,15 @@ import torch
 from support import Case, check_against_float64, make, run_op
 from tuned import retune
 
-from bench.cases import Inputs
+from bench import cases
+from bench.timing import Timing
 from compiled_fa import config, tuning
 from compiled_fa.engines import select
 from compiled_fa.engines.sdpa_cpu import kernel
-from compiled_fa.tuning import classes, cpu, files
+from compiled_fa.tuning import AT_EVERY_CALL, AT_NO_CALL, Rule, Sizes, classes, cpu, files
 from tools import tune
-from tools.tuning_search import Pick, Rim, Step, ratio_of, settle_all, value_of
+from tools.rule_fit import Timed, fit, mean_regret, regrets
+from tools.tuning_search import Measured, Pick, number_of, settle_all, settled_rule, told
 
 
 @pytest.fixture
@@ -44,6 +46,7 @@ def test_the_classes_have_tables_and_names():
     [
         ("x86_64", "AVX512", ("_is_amx_tile_supported", "_is_avx512_bf16_supported"), "amx"),
         ("x86_64", "AVX512", ("_is_avx512_bf16_supported",), "avx512_bf16"),
+        ("x86_64", "AVX512", ("_is_avx512_bf16_supported", "avx512_vp2intersect"), "zen5"),
         ("x86_64", "AVX512", (), "avx512"),
         ("x86_64", "AVX512", ("_is_amx_tile_supported",), "avx512"),
         ("x86_64", "AVX2", ("_is_avx512_bf16_supported",), "avx2"),  # kept to it by ATEN_CPU_CAPABILITY
@@ -58,6 +61,7 @@ def test_the_class_of_a_cpu(monkeypatch, machine, capability, answers, name):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for question in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, question, lambda question=question: question in answers)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(answers, True))
     assert classes.cpu_class.__wrapped__() == name
 
 
@@ -135,17 +139,17 @@ def test_what_a_table_leaves_to_tiles(monkeypatch, direction):
     bf16 = {"dtype": torch.bfloat16}
     lengths = ((600, 600),)
     found = {}
-    for name in ("avx2", "avx512_bf16", "amx"):
+    for name in ("avx2", "zen5", "amx"):
         monkeypatch.setattr(tuning, "_current", cpu.TABLES[name])
         options: tuple[dict[str, Any], ...] = ({}, {"causal": True}, bf16, {"causal": True, **bf16})
         found[name] = [served(lengths, True, direction, **some) for some in options]
     sdpa, tiled = "sdpa_cpu", "tiled"
     if direction == "forward":
-        assert found == {"avx2": [sdpa] * 4, "avx512_bf16": [sdpa, sdpa, tiled, tiled], "amx": [sdpa] * 4}
+        assert found == {"avx2": [sdpa] * 4, "zen5": [sdpa, sdpa, tiled, tiled], "amx": [sdpa] * 4}
     else:
         assert found == {
             "avx2": [sdpa] * 4,
-            "avx512_bf16": [sdpa, tiled, tiled, tiled],
+            "zen5": [sdpa, tiled, tiled, tiled],
             "amx": [sdpa, sdpa, tiled, sdpa],
         }
 
@@ -204,13 +208,30 @@ def changed(part, field, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.update(version=0), "must be of version 1, got version 0"),
-        (lambda table: table.pop("version"), "must be of version 1, got version None"),
+        (lambda table: table.update(version=0), "must be of version 2, got version 0"),
+        (lambda table: table.pop("version"), "must be of version 2, got version None"),
         (lambda table: table.pop("tiled"), "must be a table with tiled, got none"),
         (lambda table: table.update(gpu={}), "must be a table without other fields, got gpu"),
         (lambda table: table.update(name=7), "must be a string as name, got 7"),
         (lambda table: table.update(split_kv=[]), r"must be an object as split_kv, got \[\]"),
-        (without("sdpa_cpu", "few_queries"), "must be a table with sdpa_cpu.few_queries, got none"),
+        (without("sdpa_cpu", "tiles_forward"), "must be a table with sdpa_cpu.tiles_forward, got none"),
+        (changed("sdpa_cpu", "tiles_forward", 3), "must be an object as sdpa_cpu.tiles_forward, got 3"),
+        (
+            lambda table: table["sdpa_cpu"]["tiles_forward"].pop("keys"),
+            "must be a table with sdpa_cpu.tiles_forward.keys, got none",
+        ),
+        (
+            lambda table: table["sdpa_cpu"]["tiles_forward"].update(width=1.0),
+            "must be a table without other fields, got sdpa_cpu.tiles_forward.width",
+        ),
+        (
+            lambda table: table["split_kv"]["short_beside_sdpa"].update(keys="2"),
+            "must be a finite number as split_kv.short_beside_sdpa.keys, got '2'",
+        ),
+        (
+            lambda table: table["split_kv"]["short_beside_sdpa"].update(keys=float("nan")),
+            "must be a finite number as split_kv.short_beside_sdpa.keys, got nan",
+        ),
         (changed("tiled", "titles", 3), "must be a table without other fields, got tiled.titles"),
         (changed("tiled", "tile", "512"), "must be an integer of at least 0, or null, as tiled.tile, got '512'"),
         (changed("tiled", "tile", -1), "must be an integer of at least 0, or null, as tiled.tile, got -1"),
@@ -240,7 +261,7 @@ def test_what_is_no_table(tmp_path):
 
 def test_every_number_is_one_that_a_file_can_hold():
     for form in files.PARTS.values():
-        assert {field.type for field in fields(form)} <= {"int", "bool", "str | None"}
+        assert {field.type for field in fields(form)} <= {"int", "bool", "str | None", "Rule"}
 
 
 # ----------------------------------------------------------------------------------------------------------- tools.tune
@@ -263,74 +284,13 @@ class Clock:
 
         return run
 
-    def crossing_at(self, rim):
-        """Tiles, which take longer to begin with, and a kernel: as fast as each other at this size."""
-        return lambda size: (self.takes(1e-3 * (1.0 + size / rim)), self.takes(1e-3 * (0.5 + 1.5 * size / rim)))
-
-
-SIZES = (64, 128, 256, 512, 1024, 2048)
-FIELD = "sdpa_cpu.backward_tiles_from_queries"
-
-
-@pytest.mark.parametrize("rim", [100, 300, 700, 1500])
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_a_planted_crossing_is_found(monkeypatch, rim, noise):
-    found = Rim(FIELD, "tiles", SIZES, Clock(monkeypatch, noise).crossing_at(rim)).settle(cpu.PLAIN, 1e3)
-    assert found.settled
-    assert found.old == tuning.NEVER
-    assert rim / 1.1 < found.new < rim * 1.1
-    assert f"{FIELD} never -> {found.new}   tiles 64 " in str(found)
-
-
-def test_a_ratio_has_what_was_planted_and_ends_when_it_is_known(monkeypatch):
-    clock = Clock(monkeypatch, noise=0.05)
-    ratio = ratio_of(clock.takes(3e-3), clock.takes(2e-3), 60.0)
-    assert ratio.low < 1.5 < ratio.high
-    assert ratio.spread < 0.05
-    assert clock.now < 1.0
-
-
-@pytest.mark.parametrize(("slower", "in_table", "number"), [
-    (2.0, 512, tuning.NEVER),  # never faster
-    (0.5, tuning.NEVER, 64),  # from the smallest on that was measured
-    (0.5, 0, 0),  # which is what the table says
-    (1.01, 300, 300),  # as fast as each other: what the table says
-])  # fmt: skip
-def test_where_there_is_no_crossing(monkeypatch, slower, in_table, number):
-    clock = Clock(monkeypatch)
-    rim = Rim(FIELD, "tiles", SIZES, lambda size: (clock.takes(slower * size), clock.takes(size)))
-    table = replace(cpu.PLAIN, sdpa_cpu=replace(cpu.PLAIN.sdpa_cpu, backward_tiles_from_queries=in_table))
-    found = rim.settle(table, 1e9)
-    assert found.settled
-    assert (found.old, found.new) == (in_table, number)
-
-
-def test_a_size_that_is_out_of_order_moves_no_rim(monkeypatch):
-    """The rim is where all that was measured loses least."""
-    clock = Clock(monkeypatch)
-    ratios = {64: 1.3, 128: 0.97, 256: 1.2, 512: 0.9, 1024: 1.05, 2048: 0.7}
-    rim = Rim(FIELD, "tiles", SIZES, lambda size: (clock.takes(ratios[size]), clock.takes(1.0)), halvings=0)
-    assert 256 < rim.settle(cpu.PLAIN, 1e9).new < 512
-
-
-@pytest.mark.parametrize(("last", "number"), [(0, 0), (4, 4), (16, 16)])
-def test_a_way_that_serves_up_to_a_size(monkeypatch, last, number):
-    clock = Clock(monkeypatch)
-    few = Rim("sdpa_cpu.few_queries", "tiles", (1, 2, 4, 8, 16),
-              lambda size: (clock.takes(0.8 if size <= last else 1.2), clock.takes(1.0)), up_to=True)  # fmt: skip
-    table = replace(cpu.PLAIN, sdpa_cpu=replace(cpu.PLAIN.sdpa_cpu, few_queries=3))
-    assert few.settle(table, 1e9).new == number
-
 
 def test_noise_is_told_and_changes_nothing(monkeypatch):
     clock = Clock(monkeypatch, noise=1.0)
-    rim = Rim(FIELD, "tiles", SIZES, clock.crossing_at(300))
-    pick = Pick("tiled.tile", "tiles", (256, 512), lambda: clock.takes(1e-3))
-    for step, old in ((rim, tuning.NEVER), (pick, 512)):
-        found = step.settle(cpu.PLAIN, 0.2)
-        assert (found.settled, found.old, found.new) == (False, old, old)
-        assert "kept, the machine was too noisy: " in str(found)
-        assert re.search(r"with a spread of \d+%", str(found))
+    found = Pick("tiled.tile", "tiles", (256, 512), lambda: clock.takes(1e-3)).settle(cpu.PLAIN, 0.2)
+    assert (found.settled, found.old, found.new) == (False, 512, 512)
+    assert "kept, the machine was too noisy: " in str(found)
+    assert re.search(r"with a spread of \d+%", str(found))
 
 
 @pytest.mark.parametrize(("seconds", "number"), [
@@ -362,44 +322,134 @@ def test_numbers_are_settled_one_after_another_until_time_is_over(monkeypatch):
     in_force: list[int] = []
     told: list[Any] = []
 
-    def pair(size):
+    def by_banded_tile():
         in_force.append(tuning.current().tiled.tile)
-        return clock.takes(1e-3), clock.takes(2e-3)
+        clock.takes(1.0 / tuning.current().tiled.banded_tile)()
 
-    steps: list[Step] = [
+    picks = [
         Pick("tiled.tile", "tiles", (512, 1024), lambda: lambda: clock.takes(1.0 / tuning.current().tiled.tile)()),
-        Rim(FIELD, "tiles", SIZES, pair),
+        Pick("tiled.banded_tile", "causal", (128, 256), lambda: by_banded_tile),
         Pick("tiled.tile", "tiles", (512, 1024), lambda: clock.takes(1e9)),
-        Rim("sdpa_cpu.bf16_tiles_from_keys", "tiles", SIZES, pair),
+        Pick("tiled.score_bytes_a_core", "tiles", (1, 2), lambda: clock.takes(1.0)),
     ]
-    table, found = settle_all(steps, cpu.PLAIN, 100.0, told.append)
+    table, found = settle_all(picks, cpu.PLAIN, 100.0, told.append)
     assert [result.settled for result in found] == [True, True, True, False]
-    assert str(found[-1]) == "sdpa_cpu.bf16_tiles_from_keys never: kept, no time was left for it"
+    assert str(found[-1]) == "tiled.score_bytes_a_core 1048576: kept, no time was left for it"
     assert told == found
     assert set(in_force) == {1024}
-    assert table == replace(
-        cpu.PLAIN,
-        tiled=replace(cpu.PLAIN.tiled, tile=1024),
-        sdpa_cpu=replace(cpu.PLAIN.sdpa_cpu, backward_tiles_from_queries=64),
-    )
+    assert table == replace(cpu.PLAIN, tiled=replace(cpu.PLAIN.tiled, tile=1024))
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+
+def drawn_sizes(count, seed=0):
+    drawn = random.Random(seed)
+    lengths = [1, 5, 40, 300, 2000]
+    for _ in range(count):
+        keys, heads = drawn.choice(lengths), drawn.choice([1, 2, 8, 32])
+        yield Sizes(
+            keys, keys, drawn.choice([1, 4, 16]), heads, 1, drawn.choice([32, 64, 128]), drawn.random() < 0.5, False
+        )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_a_planted_rule_is_found(noise):
+    """Work per head against a fixed cost: from more than so many products on, tiles."""
+    drawn = random.Random(1)
+    planted = Rule(9.0, keys=-1.0, batch=-0.5, heads=-0.5, causal=0.7)
+    features = [sizes.features() for sizes in drawn_sizes(300)]
+    calls = [Timed(x, 0.3 * planted.value(x) + drawn.gauss(0.0, noise)) for x in features]
+    rule = fit(calls)
+    assert mean_regret(rule, calls) <= mean_regret(planted, calls) + 0.02
+    others = [sizes.features() for sizes in drawn_sizes(300, seed=2)]
+    alike = [rule.favours(x) == planted.favours(x) for x in others if abs(planted.value(x)) > 1.0]
+    assert sum(alike) > 0.95 * len(alike)
+    assert rule.head_dim == pytest.approx(0.0, abs=0.3)
+
+
+def test_calls_that_tell_apart_count_more_than_those_that_do_not():
+    """Ten calls at which one way is a little faster, and two at which it takes twice as long: by their keys alone."""
+    few, many = (Sizes(keys, keys, 1, 1, 1, 64, False, False).features() for keys in (100, 200))
+    rule = fit([*[Timed(few, -0.05)] * 10, *[Timed(few, 0.7)] * 2, *[Timed(many, -0.5)] * 3])
+    assert not rule.favours(few)
+    assert rule.favours(many)
+
+
+def test_where_one_way_is_always_the_faster():
+    x = Sizes(9, 9, 1, 1, 1, 64, False, False).features()
+    assert fit([Timed(x, -0.1)] * 30) == AT_EVERY_CALL
+    assert fit([Timed(x, 0.1)] * 30) == AT_NO_CALL
+    assert regrets(AT_EVERY_CALL, [Timed(x, -0.1), Timed(x, math.log(2.0))]) == pytest.approx([1.0, 2.0])
+
+
+def test_a_rule_is_taken_where_it_loses_less():
+    name, x = "sdpa_cpu.tiles_forward", Sizes(9, 9, 1, 1, 1, 64, False, False).features()
+    found = settled_rule(name, cpu.PLAIN, Measured({name: [Timed(x, -0.3)] * 30}))
+    assert (found.settled, found.old, found.new) == (True, AT_NO_CALL, AT_EVERY_CALL)
+    assert "30 calls: mean regret 1.350 as it was, 1.000 fitted" in str(found)
+    found = settled_rule(name, cpu.PLAIN, Measured({name: [Timed(x, -0.01)] * 30}))
+    assert (found.settled, found.new) == (True, AT_NO_CALL)
+    found = settled_rule(name, cpu.PLAIN, Measured({name: [Timed(x, -0.3)] * 3}, noisy=7))
+    assert (found.settled, found.new) == (False, AT_NO_CALL)
+    assert "3 calls are too few to fit it, 7 calls of all were too noisy" in str(found)
+
+
+def test_rules_are_measured_by_the_engines_they_choose_between(monkeypatch, compiled_steps):
+    """Of calls of every kind: what is timed is what the engines' own questions name."""
+    retune(monkeypatch, split_kv={"decode_from_elements": 1, "short_from_elements": 1})
+    measured = Measured()
+    dense = cases.Case(((20, 20),), dense=True, head_dim=8)
+    decoding = cases.Case(((1, 70),) * 2, dense=True, head_dim=8)
+    packed = cases.Case.packed((5, 9, 3), nheads_k=1)
+
+    def run_once(runs, *options):
+        for run in runs.values():
+            run()
+        return {name: Timing(1e-3, 0.0, 1) for name in runs}, {}
+
+    monkeypatch.setattr(tune, "compared", run_once)
+    tune.measure(dense, "forward+backward", measured, 0.01)
+    tune.measure(decoding, "forward", measured, 0.01)
+    tune.measure(packed, "forward", measured, 0.01)
+    assert {name: len(calls) for name, calls in measured.calls.items()} == {
+        "sdpa_cpu.tiles_forward": 3,
+        "sdpa_cpu.tiles_backward": 1,
+        "split_kv.decode_beside_tiles": 1,
+        "split_kv.decode_beside_sdpa": 1,
+        "split_kv.short_beside_tiles": 1,
+        "split_kv.short_beside_sdpa": 1,
+    }
+    assert set(measured.calls) | {"sdpa_cpu.tiles_forward_bf16"} <= set(tune.rules(cpu.PLAIN))
+
+
+def test_what_is_too_noisy_is_counted_and_not_used(monkeypatch):
+    clock, measured = Clock(monkeypatch, noise=1.0), Measured()
+    monkeypatch.setattr(tune, "_by_engines", lambda inputs, way, names: {name: clock.takes(1e-3) for name in names})
+    tune.measure(cases.Case(((20, 20),), dense=True, head_dim=8), "forward", measured, 0.2)
+    assert (measured.calls, measured.noisy) == ({}, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_writes_a_file_that_is_read(monkeypatch, tmp_path, capsys, unread):
-    clock, path = Clock(monkeypatch), tmp_path / "mine.json"
+    clock, path, name = Clock(monkeypatch), tmp_path / "mine.json", "sdpa_cpu.tiles_forward"
     before = tuning.current()
+    x = Sizes(9, 9, 1, 1, 1, 64, False, False).features()
+    pick = Pick("tiled.tile", "tiles", (512, 1024), lambda: lambda: clock.takes(1.0 / tuning.current().tiled.tile)())
     monkeypatch.setattr(tune, "eager_reason", lambda: None)
-    monkeypatch.setattr(tune, "steps", lambda table: [Rim(FIELD, "tiles", SIZES, clock.crossing_at(300))])
+    monkeypatch.setattr(tune, "picks", lambda table: [pick])
+    monkeypatch.setattr(tune, "measure_calls", lambda seconds, tell: Measured({name: [Timed(x, -0.3)] * 30}))
     assert tune.main(["--output", str(path)]) == 0
     printed = capsys.readouterr().out
     table = files.load(path)
-    assert 270 < table.sdpa_cpu.backward_tiles_from_queries < 330
-    change = f"{FIELD} never -> {table.sdpa_cpu.backward_tiles_from_queries}"
-    assert printed.count(change) == 2
-    assert f"{change}   tiles 64 " in printed
-    assert "1 of 1 numbers changed" in printed
-    place = f"{tune.here()}: backward_tiles_from_queries; the rest: {before.sdpa_cpu.measured_on}"
+    assert (table.tiled.tile, table.sdpa_cpu.tiles_forward) == (1024, AT_EVERY_CALL)
+    assert printed.count("tiled.tile 512 -> 1024") == 2
+    assert printed.count(f"{name} {told(before.sdpa_cpu.tiles_forward)} -> (constant -1)") == 2
+    place = f"{tune.here()}: tiles_forward; the rest: {before.sdpa_cpu.measured_on}"
     assert table.sdpa_cpu.measured_on == place
-    assert (table.tiled, table.split_kv) == (before.tiled, before.split_kv)
+    assert table.split_kv == before.split_kv
     monkeypatch.setattr(tuning, "_current", None)
     monkeypatch.setenv("COMPILED_FA_TUNING", str(path))
     assert tuning.current() == table
@@ -411,37 +461,27 @@ def test_the_command_writes_nothing_where_nothing_was_measured(monkeypatch, tmp_
     assert tune.main(["--output", str(path)]) == 1  # steps are not compiled in tests
     assert "do not run compiled" in capsys.readouterr().out
     monkeypatch.setattr(tune, "eager_reason", lambda: None)
-    noisy = Rim(FIELD, "tiles", SIZES, Clock(monkeypatch, noise=1.0).crossing_at(300))
-    monkeypatch.setattr(tune, "steps", lambda table: [noisy])
+    clock = Clock(monkeypatch, noise=1.0)
+    monkeypatch.setattr(
+        tune, "picks", lambda table: [Pick("tiled.tile", "tiles", (256, 512), lambda: clock.takes(1.0))]
+    )
+    monkeypatch.setattr(tune, "measure_calls", lambda seconds, tell: Measured(noisy=40))
     assert tune.main(["--output", str(path), "--minutes", "0.01"]) == 1
     assert "nothing was measured" in capsys.readouterr().out
     assert not path.exists()
 
 
 @pytest.mark.parametrize("table", [cpu.AMX, cpu.PLAIN], ids=lambda table: table.name)
-def test_what_the_command_times_are_calls_that_engines_serve(monkeypatch, table):
+def test_numbers_are_timed_with_calls_that_engines_serve(monkeypatch, table):
     monkeypatch.setattr(tuning, "_current", table)
     monkeypatch.setattr(tune, "LENGTH", 48)
-    steps = tune.steps(table)
-    names = [step.name for step in steps]
+    picks = tune.picks(table)
+    names = [pick.name for pick in picks]
     assert len(set(names)) == len(names)
-    chosen_by = {f"sdpa_cpu.{field.name}" for field in fields(tuning.SdpaCpu) if "_tiles_from_" in field.name}
-    assert chosen_by | {"sdpa_cpu.widens_bf16", "split_kv.decode_from_elements_beside_sdpa"} <= set(names)
     assert ("tiled.bf16_tile_queries" in names) == (table is cpu.AMX)
-    for step in steps:
-        value_of(table, step.name)
-        for run in step.pair(step.sizes[0]) if isinstance(step, Rim) else [step.run()]:
-            run()
-
-
-@pytest.mark.parametrize("elements", [1 << 14, 99_999, 370_728, 1 << 20])
-def test_calls_have_as_many_elements_as_the_size_says(elements):
-    """So that the rim that is found is of what the field counts."""
-    cache, packed = (Inputs.of(case(elements, torch.float32)) for case in (tune._cache, tune._packed))
-    assert cache.k.numel() == pytest.approx(elements, rel=0.02)
-    assert packed.q.numel() == pytest.approx(elements, rel=0.02)
-    assert cache.case.max_seqlen_k < cpu.PLAIN.split_kv.decode_long_keys
-    assert packed.case.max_seqlen_k <= cpu.PLAIN.split_kv.short_keys
+    for pick in picks:
+        number_of(table, pick.name)
+        pick.run()()
 
 
 def test_another_table_for_a_while():

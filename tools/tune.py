@@ -3,8 +3,9 @@
     python -m tools.tune --output mine.json
     COMPILED_FA_TUNING=mine.json python -m compiled_fa         # says that it is in force
 
-For each number that chooses an engine, or that cuts tiles, one way to serve a call is timed beside the other, in turns,
-until the ratio is known to 5 %. What cannot be known so well in the time that there is stays as it was.
+A number that cuts tiles is the fastest of a few, timed in turns; a rule that chooses between engines is fitted to
+random calls, timed by each engine that could serve them, in turns. Ratios are known to 5 %: what cannot be known so
+well in the time that there is stays as it was.
 """
 
 from __future__ import annotations
@@ -12,24 +13,36 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from bench import choice
 from bench.cases import Case, Inputs
+from bench.cases import Direction as CaseDirection
 from bench.records import cpu_model
-from compiled_fa import ops, tuning
+from bench.timing import compared
+from compiled_fa import ops, tuning, use_engine
+from compiled_fa.engines import ENGINES, sdpa_cpu, split_kv
 from compiled_fa.inductor.steps import eager_reason
-from compiled_fa.tuning import NEVER, Tuning
+from compiled_fa.problem import Direction
+from compiled_fa.tuning import NEVER, Rule, Tuning
 from compiled_fa.tuning.classes import cpu_class
 from compiled_fa.tuning.files import PARTS, save
-from tools.tuning_search import Found, Pick, Rim, Run, Step, settle_all, told
+
+from .tuning_search import SPREAD, Found, Measured, Pick, Run, settle_all, settled_rule, told, with_value
 
 LENGTH = 2048  # at which tiles are cut
-WIDTH = 4 * 64  # of the key heads of what split_kv is timed with
+PART_OF_NUMBERS = 0.25  # of the time; the rest is for the calls that rules are fitted to
+MOST_CALLS, SEED = 2000, 1 << 16  # not those that bench choice draws
+MOST_PRODUCTS = 1 << 30  # of one
+SECONDS_A_CALL = 0.15
+SURE = 0.4  # a ratio beyond which the faster is known, however noisy
 BF16 = torch.bfloat16
 
 
@@ -63,60 +76,14 @@ def _both(case: Case, engine: str) -> Run:
     return _together(_forward(case, engine), _backward(case, engine))
 
 
-# --------------------------------------------------------------------------------------------- a size -> a pair of ways
+# ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def _gradients(causal: bool, dtype: torch.dtype, length: int) -> tuple[Run, Run]:
-    case = Case.uniform(length, causal=causal, dtype=dtype)
-    return _backward(case, "tiled"), _backward(case, "sdpa_cpu")
-
-
-def _in_bf16(keys: int) -> tuple[Run, Run]:
-    cases = [Case.uniform(keys, causal=causal, dtype=BF16) for causal in (False, True)]
-    tiled, sdpa = (_together(*(_forward(case, engine) for case in cases)) for engine in ("tiled", "sdpa_cpu"))
-    return tiled, sdpa
-
-
-def _few_queries(queries: int, keys: int) -> tuple[Run, Run]:
-    """Of so many heads on one key head that split_kv does not serve them."""
-    case = Case(((queries, keys),), dense=True, nheads_k=1, heads_per_key=32)
-    return _forward(case, "tiled"), _forward(case, "sdpa_cpu")
-
-
-def _cache(elements: int, dtype: torch.dtype) -> Case:
-    """One query on short caches of so many elements of keys: below what counts as many keys."""
-    rows = elements // WIDTH
-    batch = -(-rows // 512)
-    return Case(((1, rows // batch),) * batch, dense=True, nheads_k=4, heads_per_key=4, dtype=dtype)
-
-
-def _decoding(dtypes: tuple[torch.dtype, ...], instead_of: str, elements: int) -> tuple[Run, Run]:
-    cases = [_cache(elements, dtype) for dtype in dtypes]
-    split, other = (_together(*(_forward(case, engine) for case in cases)) for engine in ("split_kv", instead_of))
-    return split, other
-
-
-def _packed(elements: int, dtype: torch.dtype) -> Case:
-    """Sequences of 1 to 64 tokens, of so many elements of q."""
-    lengths: list[int] = []
-    left = elements // WIDTH
-    while left:
-        lengths.append(min(left, 1 + 37 * len(lengths) % 64))
-        left -= lengths[-1]
-    return Case.packed(lengths, nheads_k=4, dtype=dtype)
-
-
-def _short(instead_of: str, elements: int) -> tuple[Run, Run]:
-    cases = [_packed(elements, dtype) for dtype in (torch.float32, BF16)]
-    split, other = (_together(*(_forward(case, engine) for case in cases)) for engine in ("split_kv", instead_of))
-    return split, other
-
-
-def steps(table: Tuning) -> list[Step]:
-    """What is measured, in an order in which each needs only those before it."""
+def picks(table: Tuning) -> list[Pick]:
+    """Numbers, and what each is timed with."""
     whole, causal = Case.uniform(LENGTH, nheads_k=4), Case.uniform(LENGTH, nheads_k=4, causal=True)
     half = Case.uniform(LENGTH, nheads_k=4, dtype=BF16)
-    found: list[Step] = [
+    found = [
         Pick("sdpa_cpu.widens_bf16", "bf16 forward + backward, 512 tokens", (0, 1),
              partial(_both, Case.uniform(512, nheads_k=4, dtype=BF16), "sdpa_cpu")),
         Pick("tiled.tile", f"forward + backward, {LENGTH} tokens", (256, 512, 1024), partial(_both, whole, "tiled")),
@@ -128,35 +95,73 @@ def steps(table: Tuning) -> list[Step]:
         found.append(
             Pick("tiled.bf16_tile_queries", f"bf16, {LENGTH} tokens", (512, 1024, 2048), partial(_both, half, "tiled"))
         )
-    tokens, beside = (64, 128, 256, 512, 1024), "tiles / PyTorch's kernel"
-    found += [
-        Rim("sdpa_cpu.bf16_tiles_from_keys", f"{beside}, bf16 forward:", tokens, _in_bf16),
-        Rim("sdpa_cpu.backward_tiles_from_queries", f"{beside}, backward:", tokens,
-            partial(_gradients, False, torch.float32)),
-        Rim("sdpa_cpu.causal_backward_tiles_from_queries", f"{beside}, causal backward:", tokens,
-            partial(_gradients, True, torch.float32)),
-        Rim("sdpa_cpu.bf16_backward_tiles_from_queries", f"{beside}, bf16 backward:", tokens,
-            partial(_gradients, False, BF16)),
-        Rim("sdpa_cpu.bf16_causal_backward_tiles_from_queries", f"{beside}, bf16 causal backward:", tokens,
-            partial(_gradients, True, BF16)),
-        Rim("sdpa_cpu.few_queries_tiles_from_keys", f"{beside}, 1 query of 32 heads on a head of keys:",
-            (1024, 4096, 16384, 65536), partial(_few_queries, 1)),
-        Rim("sdpa_cpu.few_queries", f"{beside}, queries of 32 heads on 16384 keys of a head:",
-            (1, 2, 4, 8, 16), lambda queries: _few_queries(queries, 16384), up_to=True),
-    ]  # fmt: skip
-    caches, packed = [tuple(1 << power for power in powers) for powers in ((14, 16, 18, 20, 22), (15, 17, 19, 21))]
-    found += [
-        Rim("split_kv.decode_from_elements", "split_kv / tiles, elements of keys:", caches,
-            partial(_decoding, (torch.float32, BF16), "tiled")),
-        Rim("split_kv.decode_from_elements_beside_sdpa_16bit", "split_kv / PyTorch's kernel, bf16 keys:", caches,
-            partial(_decoding, (BF16,), "sdpa_cpu")),
-        Rim("split_kv.decode_from_elements_beside_sdpa", "split_kv / PyTorch's kernel, fp32 keys:", caches,
-            partial(_decoding, (torch.float32,), "sdpa_cpu")),
-        Rim("split_kv.short_from_elements", "split_kv / tiles, elements of q:", packed, partial(_short, "tiled")),
-        Rim("split_kv.short_from_elements_beside_sdpa", "split_kv / PyTorch's kernel, elements of q:", packed,
-            partial(_short, "sdpa_cpu")),
-    ]  # fmt: skip
     return found
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
+
+
+def rules(table: Tuning) -> list[str]:
+    """Their names, "part.field"."""
+    parts = {name: getattr(table, name) for name in PARTS}
+    return [
+        f"{name}.{field.name}" for name, part in parts.items() for field in fields(part) if field.type == Rule.__name__
+    ]
+
+
+def _by_engines(inputs: Inputs, way: Direction, names: Sequence[str]) -> dict[str, Run]:
+    leaves, attend = choice.op_of(inputs)
+
+    def forward(name: str) -> Tensor:
+        with use_engine(name):
+            return attend(*leaves)
+
+    if way == "forward":
+        return {name: partial(forward, name) for name in names}
+    backward: Callable[..., object]
+    if inputs.varlen:
+        results = ops.varlen_attention(*leaves, *inputs.packing, None, *inputs.options)
+        backward = partial(
+            ops.varlen_attention_backward, inputs.dout, None, *results, *leaves, *inputs.packing, None, *inputs.options
+        )
+    else:
+        results = ops.attention(*leaves, *inputs.options)
+        backward = partial(
+            ops.attention_backward, inputs.laid_out(inputs.dout), None, *results, *leaves, *inputs.options
+        )
+    return {name: partial(backward, name) for name in names}
+
+
+def measure(case: Case, direction: CaseDirection, measured: Measured, seconds: float) -> None:
+    """One call, by all engines that can serve it, for the rules that decide between them."""
+    inputs = Inputs.of(case)
+    problem = inputs.problem()
+    for way in choice.ways(direction):
+        able = [e.name for e in ENGINES if e.unsupported_reason(problem.q.device, problem, way) is None]
+        if len(able) < 2:
+            continue
+        timings, ratios = compared(_by_engines(inputs, way, able), problem.q.device, seconds, SPREAD, None, SURE)
+        times = {name: timing.median for name, timing in timings.items()}
+        if any(ratio.spread >= SPREAD and SURE < ratio.median < 1.0 / SURE for ratio in ratios.values()):
+            measured.noisy += 1
+            continue
+        if {"tiled", "sdpa_cpu"} <= times.keys():
+            measured.add(f"sdpa_cpu.{sdpa_cpu.rule(problem, way)}", problem, times["tiled"], times["sdpa_cpu"])
+        for other in ("tiled", "sdpa_cpu"):
+            if {"split_kv", other} <= times.keys() and (name := split_kv.rule(problem, other)) is not None:
+                measured.add(f"split_kv.{name}", problem, times["split_kv"], times[other])
+
+
+def measure_calls(seconds: float, tell: Callable[[str], object]) -> Measured:
+    """Random calls, as many as there is time for."""
+    measured, end = Measured(), time.perf_counter() + seconds
+    for number, (case, direction) in enumerate(choice.calls(MOST_CALLS, SEED, MOST_PRODUCTS)):
+        if time.perf_counter() >= end:
+            break
+        measure(case, direction, measured, SECONDS_A_CALL)
+        if number % 50 == 49:
+            tell(f"{number + 1} calls, {max(0.0, end - time.perf_counter()):.0f} s left, {measured.noisy} too noisy")
+    return measured
 
 
 # --------------------------------------------------------------------------------------------------------- the table
@@ -200,9 +205,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     before = tuning.current()
     print(f"{here()}; class {cpu_class()}, table {before.name}", flush=True)
-    chosen = [step for step in steps(before) if options.match in step.name]
+    seconds, say = 60.0 * options.minutes, partial(print, flush=True)
+    numbers = [pick for pick in picks(before) if options.match in pick.name]
+    asked_for = [name for name in rules(before) if options.match in name]
     with torch.no_grad():
-        table, found = settle_all(chosen, before, 60.0 * options.minutes, lambda result: print(result, flush=True))
+        table, found = settle_all(numbers, before, seconds * (PART_OF_NUMBERS if asked_for else 1.0), say)
+        if asked_for:
+            with tuning.using(table):
+                measured = measure_calls(seconds * (1.0 - PART_OF_NUMBERS if numbers else 1.0), say)
+            for name in asked_for:
+                result = settled_rule(name, table, measured)
+                table = with_value(table, name, result.new)
+                found.append(result)
+                say(result)
     if not any(result.settled for result in found):
         print("nothing was measured: no file is written")
         return 1

@@ -1,15 +1,14 @@
-"""How tools.tune finds a number: from timings of one way to serve a call beside another.
+"""How tools.tune finds what is best here: a number, by timing it beside others; a rule, from timings of random calls.
 
-A `Rim` is a number from which on one way is the faster; a `Pick` is one of a few values. Either is settled in so many
-seconds, or the machine was too noisy for it: then the table keeps what it has.
+Either is settled in so many seconds, or the machine was too noisy for it: then the table keeps what it has.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -17,13 +16,16 @@ import torch
 
 from bench.timing import Ratio, compared
 from compiled_fa import tuning
-from compiled_fa.tuning import NEVER, Tuning
+from compiled_fa.problem import Problem
+from compiled_fa.tuning import NEVER, Rule, Tuning
+
+from .rule_fit import Timed, fit, mean_regret
 
 Run = Callable[[], object]
 
 SPREAD = 0.05  # of a ratio, below which it is believed
-GAIN = 0.02  # what another number must win somewhere, to be taken in place of the table's
-CLOSE = 1.2  # two sizes so near to each other have no other measured between them
+GAIN = 0.02  # what another number, or rule, must win to be taken in place of the table's
+FEWEST = 20  # calls from which a rule is fitted
 CPU = torch.device("cpu")
 
 
@@ -33,11 +35,12 @@ class TooNoisyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a number. why: the ratios, or what was wrong; settled: False where it was not measured."""
+    """What became of a number, or of a rule. why: what was measured, or what was wrong; settled: False where nothing
+    was measured."""
 
     name: str
-    old: int
-    new: int
+    old: int | Rule
+    new: int | Rule
     why: str
     settled: bool = True
 
@@ -48,109 +51,17 @@ class Found:
         return f"{self.name} {change}   {self.why}"
 
 
-def told(number: int) -> str:
+def told(number: int | Rule) -> str:
+    if isinstance(number, Rule):
+        weights = {field.name: getattr(number, field.name) for field in fields(Rule)}
+        return f"({', '.join(f'{name} {weight:g}' for name, weight in weights.items() if weight)})"
     return "never" if number == NEVER else str(number)
-
-
-def ratio_of(first: Run, other: Run, seconds: float) -> Ratio:
-    """Seconds of the first over those of the other. Raises TooNoisyError."""
-    _, ratios = compared({"first": first, "other": other}, CPU, seconds, SPREAD)
-    return _believed(ratios["other"])
 
 
 def _believed(ratio: Ratio, where: str = "") -> Ratio:
     if ratio.spread >= SPREAD:
         raise TooNoisyError(f"the machine was too noisy: {where}{ratio.median:.2f} with a spread of {ratio.spread:.0%}")
     return ratio
-
-
-@dataclass(frozen=True)
-class Rim:
-    """From such a size on one way is faster than another.
-
-    name: "part.field". pair: a size -> the way that serves from there on, and the one below it. sizes: tried first,
-    ascending; then those between the last of which the second is faster and the first where it is not. halvings: how
-    often. up_to: the first way serves up to this size instead; it is one of `sizes`, or 0.
-    """
-
-    name: str
-    what: str
-    sizes: tuple[int, ...]
-    pair: Callable[[int], tuple[Run, Run]]
-    halvings: int = 2
-    up_to: bool = False
-
-    def settle(self, table: Tuning, seconds: float) -> Found:
-        old = value_of(table, self.name)
-        each = seconds / (len(self.sizes) + self.halvings)
-        try:
-            with tuning.using(table):
-                new, points = self._search(each)
-        except TooNoisyError as error:
-            return Found(self.name, old, old, f"{error}", settled=False)
-        ratios = ", ".join(f"{size} {ratio.median:.2f}" for size, ratio in sorted(points.items()))
-        return Found(self.name, old, old if self._alike(old, new, points) else new, f"{self.what} {ratios}")
-
-    def _search(self, seconds: float) -> tuple[int, dict[int, Ratio]]:
-        points: dict[int, Ratio] = {}
-
-        def measure(size: int) -> None:
-            try:
-                points[size] = ratio_of(*self.pair(size), seconds)
-            except TooNoisyError as error:
-                raise TooNoisyError(f"{error}, at {size}") from None
-
-        for size in self.sizes:
-            measure(size)
-        if self.up_to:
-            return _last(points), points
-        for _ in range(self.halvings):
-            below, rim = _bracket(points)
-            if below is None or rim is None or rim / below < CLOSE:
-                break
-            measure(round(math.sqrt(below * rim)))
-        return _crossing(points), points
-
-    def _alike(self, old: int, new: int, points: Mapping[int, Ratio]) -> bool:
-        """Would they serve all that was measured alike, or as fast?"""
-        between = [
-            ratio for size, ratio in points.items() if self._first_serves(size, old) != self._first_serves(size, new)
-        ]
-        return all(abs(math.log(ratio.median)) <= max(GAIN, ratio.spread / 2) for ratio in between)
-
-    def _first_serves(self, size: int, number: int) -> bool:
-        return size <= number if self.up_to else size >= number
-
-
-def _bracket(points: Mapping[int, Ratio]) -> tuple[int | None, int | None]:
-    """The sizes between which the first way becomes the faster, so that all the others lose least: None at an end.
-
-    Of all the ways to cut the sizes in two, the one with the least product of ratios above it.
-    """
-    sizes = sorted(points)
-    losses = [sum(math.log(points[size].median) for size in sizes[cut:]) for cut in range(len(sizes) + 1)]
-    cut = min(range(len(losses)), key=lambda number: (losses[number], -number))
-    return (sizes[cut - 1] if cut else None), (sizes[cut] if cut < len(sizes) else None)
-
-
-def _crossing(points: Mapping[int, Ratio]) -> int:
-    """Where the ratio is 1, between the two sizes on either side of it."""
-    below, rim = _bracket(points)
-    if rim is None:
-        return NEVER
-    if below is None:
-        return rim
-    slower, faster = math.log(points[below].median), math.log(points[rim].median)
-    if not slower > 0.0 > faster:
-        return rim
-    return math.ceil(below * math.exp(math.log(rim / below) * slower / (slower - faster)))
-
-
-def _last(points: Mapping[int, Ratio]) -> int:
-    """The largest size up to which the first way is the faster; 0: none."""
-    mirrored = {-size: ratio for size, ratio in points.items()}
-    _, rim = _bracket(mirrored)
-    return 0 if rim is None else -rim
 
 
 @dataclass(frozen=True)
@@ -163,7 +74,7 @@ class Pick:
     run: Callable[[], Run]
 
     def settle(self, table: Tuning, seconds: float) -> Found:
-        old = value_of(table, self.name)
+        old = number_of(table, self.name)
         call = self.run()
         runs: dict[str, Run] = {}
         for value in (old, *(value for value in self.values if value != old)):
@@ -186,38 +97,70 @@ def _under(table: Tuning, call: Run) -> object:
         return call()
 
 
-def value_of(table: Tuning, name: str) -> int:
-    part, number = name.split(".")
-    value: int = getattr(getattr(table, part), number)
+def number_of(table: Tuning, name: str) -> int:
+    value = value_of(table, name)
+    if isinstance(value, Rule):
+        raise TypeError(f"{name} is a rule, and no number")
     return value
 
 
-def with_value(table: Tuning, name: str, value: int) -> Tuning:
-    part, number = name.split(".")
-    value = bool(value) if isinstance(value_of(table, name), bool) else value
+def value_of(table: Tuning, name: str) -> int | Rule:
+    part, field = name.split(".")
+    value: int | Rule = getattr(getattr(table, part), field)
+    return value
+
+
+def with_value(table: Tuning, name: str, value: int | Rule) -> Tuning:
+    part, field = name.split(".")
+    found: object = bool(value) if isinstance(value_of(table, name), bool) else value
     with tuning.using(table):
-        return tuning.changed(**{part: {number: value}})
-
-
-Step = Rim | Pick
+        return tuning.changed(**{part: {field: found}})
 
 
 def settle_all(
-    steps: list[Step], table: Tuning, seconds: float, tell: Callable[[Found], Any]
+    picks: Sequence[Pick], table: Tuning, seconds: float, tell: Callable[[Found], Any]
 ) -> tuple[Tuning, list[Found]]:
     """One number after another, each with those before it in force, in so many seconds altogether; and the last table.
 
     A number for which no time is left is not settled.
     """
     end, found = time.perf_counter() + seconds, []
-    for number, step in enumerate(steps):
+    for at, pick in enumerate(picks):
         left = end - time.perf_counter()
         if left <= 0.0:
-            old = value_of(table, step.name)
-            result = Found(step.name, old, old, "no time was left for it", settled=False)
+            old = value_of(table, pick.name)
+            result = Found(pick.name, old, old, "no time was left for it", settled=False)
         else:
-            result = step.settle(table, left / (len(steps) - number))
+            result = pick.settle(table, left / (len(picks) - at))
         table = with_value(table, result.name, result.new)
         found.append(result)
         tell(result)
     return table, found
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+
+@dataclass
+class Measured:
+    """Timings of random calls: by the name of a rule, those that it decides. noisy: calls not known well enough."""
+
+    calls: dict[str, list[Timed]] = field(default_factory=dict)
+    noisy: int = 0
+
+    def add(self, name: str, problem: Problem, one: float, other: float) -> None:
+        self.calls.setdefault(name, []).append(Timed(problem.features, math.log(one / other)))
+
+
+def settled_rule(name: str, table: Tuning, measured: Measured) -> Found:
+    """The rule that fits what was measured, where it loses less than the table's by more than GAIN."""
+    old, calls = value_of(table, name), measured.calls.get(name, [])
+    if not isinstance(old, Rule):
+        raise TypeError(f"{name} is a number, and no rule")
+    if len(calls) < FEWEST:
+        noise = f", {measured.noisy} calls of all were too noisy" if measured.noisy else ""
+        return Found(name, old, old, f"{len(calls)} calls are too few to fit it{noise}", settled=False)
+    rule = fit(calls)
+    before, after = mean_regret(old, calls), mean_regret(rule, calls)
+    taken = rule if after < before - GAIN else old
+    return Found(name, old, taken, f"{len(calls)} calls: mean regret {before:.3f} as it was, {after:.3f} fitted")

@@ -22,13 +22,17 @@ from .. import config
 from .classes import cpu_class
 from .cpu import TABLES
 from .files import load
-from .form import NEVER, FlexOptions, Fused, SdpaCpu, SplitKV, Tiled, Tuning
+from .form import AT_EVERY_CALL, AT_NO_CALL, NEVER, FlexOptions, Fused, Rule, SdpaCpu, Sizes, SplitKV, Tiled, Tuning
 
 __all__ = [
+    "AT_EVERY_CALL",
+    "AT_NO_CALL",
     "NEVER",
     "FlexOptions",
     "Fused",
+    "Rule",
     "SdpaCpu",
+    "Sizes",
     "SplitKV",
     "Tiled",
     "Tuning",
