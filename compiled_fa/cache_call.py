@@ -10,8 +10,9 @@ B batch, Sq queries, Sn new keys, S rows of a page, H and Hk query and key heads
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -151,7 +152,8 @@ class CacheCall:
         if (alike := self._as_dense(options)) is not None:
             return alike
         lengths = self._host_lengths
-        return self._in_pages(_running_sums(lengths), max(lengths, default=0), options)
+        cu_seqlens_k = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
+        return self._in_pages(cu_seqlens_k, max(lengths, default=0), options)
 
     def unread_problem(self, options: Options) -> Problem:
         """The same, of which the host reads nothing."""
@@ -198,10 +200,3 @@ class CacheCall:
         return CacheCall(
             self.q[some], self.k_cache, self.v_cache, *nothing, lengths, index, of(self.cache_leftpad), table
         )
-
-
-def _running_sums(lengths: Sequence[int]) -> Tensor:
-    sums = [0]
-    for length in lengths:
-        sums.append(sums[-1] + length)
-    return torch.tensor(sums, dtype=torch.int32, device="cpu")
