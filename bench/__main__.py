@@ -14,7 +14,7 @@ import torch
 from compiled_fa.tuning import described as described_tuning
 from compiled_fa.tuning.classes import cpu_class
 
-from . import choice, table
+from . import choice, serve, table
 from .peers import PEERS
 from .processes import first_use_records, memory_records
 from .progress import Progress
@@ -22,13 +22,13 @@ from .race import race
 from .records import ROOT, Writer, circumstances, cpu_model, described, of_outcome
 from .suites import RACES, Entry, memory
 
-SUITES = (*RACES, "memory", "compile", "choice")
+SUITES = (*RACES, "serve", "memory", "compile", "choice")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
-classes (of CPUs: a case of each kind),
-published (the shapes of flash-attention's README, for a GPU), memory (peaks, each in a process of its own), compile
-(first use in a new process, cache cold and warm), choice (random calls on a CPU: how much slower is auto than
-the fastest engine? --calls of them, of --seed; the first time they compile for minutes).
+classes (of CPUs: a case of each kind), published (the shapes of flash-attention's README, for a GPU), serve (requests
+that come and go, on pages and on padded rows), memory (peaks, each in a process of its own), compile (first use in a
+new process, cache cold and warm), choice (random calls on a CPU: how much slower is auto than the fastest engine?
+--calls of them, of --seed; the first time they compile for minutes).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 
 
@@ -112,6 +112,16 @@ def _process_suite(name: str, options: argparse.Namespace, device: torch.device)
     progress.clear()
 
 
+def _serve_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Records of the service of requests."""
+    print(table.SERVE_HEADER)
+    for records in serve.records(
+        options.quick, device, options.seconds, options.rounds or (1 if options.quick else None)
+    ):
+        print(table.serve_row(records), flush=True)
+        yield from records
+
+
 def _choice_suite(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Records of random calls, and what they say of the choice of engines."""
     if device.type != "cpu":
@@ -153,11 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
     shared = Writer(options.output, command) if options.output else None
     for name in options.suites or SUITES:
         print(f"\n{name}")
+        file = f"{name}.jsonl"
         if name == "choice":
             records, file = _choice_suite(options, device), f"choice_{cpu_class()}.jsonl"
         else:
-            records = (_race_suite if name in RACES else _process_suite)(name, options, device)
-            file = f"{name}.jsonl"
+            suite = _race_suite if name in RACES else _serve_suite if name == "serve" else _process_suite
+            records = suite(name, options, device)
         writer = shared or Writer(RESULTS / file if whole else None, command)
         for record in records:
             wrong |= record["status"] == "mismatch"

@@ -282,8 +282,7 @@ def flash_attn_varlen_qkvpacked_func(
 
 def _check_tensors(**tensors: object) -> None:
     for argument, value in tensors.items():
-        if not isinstance(value, Tensor):
-            validation.refuse(argument, "a tensor", type(value).__name__, TypeError)
+        validation.tensor_given(argument, value)
 
 
 def _unpacked(argument: str, packed: Tensor, dims: str, parts: int) -> tuple[Tensor, ...]:

@@ -13,18 +13,21 @@ ROOT = Path(compiled_fa.__file__).parent
 
 # From the ground up. A module may import those below its own line, and those of its own package.
 LAYERS = [
-    {"messages", "flattening", "config", "memory", "registration", "seed", "turing", "without_numpy"},
+    {"messages", "flattening", "config", "memory", "registration", "rotation", "seed", "turing", "without_numpy"},
     {"caches", "forward_mode", "tuning"},
     {"inductor", "scores"},
     {"problem"},
-    {"validation"},
+    {"validation", "cache_call"},
+    {"cache_validation"},
+    {"rotary"},
     {"engines.engine"},
     {"engines.fused", "engines.split_kv", "engines.sdpa_cpu", "engines.tiled"},
     {"engines.selection"},
     {"engines"},
     {"batching", "tangent"},
-    {"ops", "probabilities"},
+    {"ops", "probabilities", "cache_ops"},
     {"interface"},
+    {"kvcache"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
     {"check"},

@@ -29,6 +29,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     if problem.packed is None:
         longest = problem.k.shape[1]
     else:
+        if problem.packed.first_keys is not None and page_size_of(problem) is not None:
+            return "it decodes where a sequence in pages begins with its first page"
         lengths_q, lengths_k = problem.packed.host_lengths
         if min(lengths_q) != max(lengths_q):
             return "it decodes where sequences have one number of queries"
@@ -49,7 +51,9 @@ def is_worth_code(problem: Problem) -> bool:
     tuned = current().split_kv
     if max(1, problem.mean_seqlens[0]) * problem.heads_per_key > tuned.most_rows:
         return False
-    return problem.mean_seqlens[1] >= tuned.decode_from_keys and problem.k.numel() >= tuned.decode_from_elements
+    nheads_k, head_dim = problem.k.shape[-2:]
+    elements = problem.total_k * nheads_k * head_dim  # not those of a pool
+    return problem.mean_seqlens[1] >= tuned.decode_from_keys and elements >= tuned.decode_from_elements
 
 
 def rule(problem: Problem, instead_of: str) -> str:
