@@ -24,10 +24,12 @@ LAYERS = [
     {"engines"},
     {"batching", "tangent"},
     {"ops", "probabilities"},
-    {"interface"},
+    {"arguments", "padding"},
+    {"interface", "forward_backward"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
-    {"check"},
+    {"drop_in"},
+    {"check", "run"},
     {"__main__"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,79 @@
+"""What flash_attn has and we do not offer under its name, and why. docs/flash_attn.md has the same as a table.
+
+Two are passed over in silence: flash_attn.cute and a top-level flash_attn_interface mean FlashAttention 4 and 3 to
+those who look for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+LOOKED_FOR = ("flash_attn.cute",)
+
+_PARALLEL = "layers over a process group are left to torch.distributed.tensor.parallel"
+_WEIGHTS = "it maps checkpoints of one family of models; transformers loads them, and runs them through flash_attn"
+_KERNELS = "kernels of flash_attn that no public function of it calls"
+_HELPERS = "a helper of flash_attn's own benchmarks and tests"
+_FUSED = "what torch.compile fuses by itself; write it with torch.nn"
+_SUBSET = "normalisation of a subset of rows, or of two branches: a kernel that only flash_attn's models use"
+_OLD = "flash_attn 1; version 2 has it no more"
+
+MODULES = {
+    "flash_attn.flash_attention": _OLD,
+    "flash_attn.flash_attn_triton": _KERNELS,
+    "flash_attn.flash_attn_triton_og": _KERNELS,
+    "flash_attn.flash_blocksparse_attention": _OLD,
+    "flash_attn.flash_blocksparse_attn_interface": _OLD,
+    "flash_attn.fused_softmax": _OLD,
+    "flash_attn.layers.patch_embed": "a convolution as a matrix product; write it with torch.nn",
+    "flash_attn.models.baichuan": _WEIGHTS,
+    "flash_attn.models.bert": _WEIGHTS,
+    "flash_attn.models.bigcode": _WEIGHTS,
+    "flash_attn.models.btlm": _WEIGHTS,
+    "flash_attn.models.falcon": _WEIGHTS,
+    "flash_attn.models.gpt_neox": _WEIGHTS,
+    "flash_attn.models.gptj": _WEIGHTS,
+    "flash_attn.models.llama": _WEIGHTS,
+    "flash_attn.models.opt": _WEIGHTS,
+    "flash_attn.models.vit": _WEIGHTS,
+    "flash_attn.ops.triton.k_activations": _KERNELS,
+    "flash_attn.ops.triton.linear": _KERNELS,
+    "flash_attn.ops.triton.mlp": _KERNELS,
+    "flash_attn.utils": _HELPERS,
+    "flash_attn.utils.benchmark": _HELPERS,
+    "flash_attn.utils.distributed": _PARALLEL,
+    "flash_attn.utils.generation": "generation from flash_attn's GPT with its CUDA graphs; transformers generates",
+    "flash_attn.utils.library": _HELPERS,
+    "flash_attn.utils.pretrained": _WEIGHTS,
+    "flash_attn.utils.testing": _HELPERS,
+    "flash_attn.utils.torch": _HELPERS,
+}
+
+NAMES: dict[str, dict[str, str]] = {}
+
+
+def of_module(name: str) -> str:
+    """What is said of a module of flash_attn that is not offered."""
+    reason = MODULES.get(name, "flash_attn 2.8 has no such module")
+    return f"{name} is not offered by compiled_fa, which is flash_attn here: {reason}; see docs/flash_attn.md"
+
+
+def of_name(module: str, name: str) -> str | None:
+    """What is said of a name that an offered module lacks; None: flash_attn has none of that name either."""
+    reason = NAMES.get(module, {}).get(name)
+    if reason is None:
+        return None
+    return f"{module}.{name} is not offered by compiled_fa, which is flash_attn here: {reason}"
+
+
+def names_of(module: str) -> Callable[[str], NoReturn]:
+    """A module's `__getattr__`: raises ImportError for what flash_attn has and we do not, AttributeError otherwise."""
+
+    def missing(name: str) -> NoReturn:
+        message = of_name(module, name)
+        if message is not None:
+            raise ImportError(message, name=module)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return missing
