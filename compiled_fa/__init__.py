@@ -2,7 +2,8 @@
 
     interface.py      the six functions: what people call
     ops.py            torch.ops.compiled_fa.*: what torch.compile and autograd see
-    validation.py     every check of an argument
+    rotary.py         rotary position embedding: functions, and a module
+    validation.py     every check of an argument; cache_validation.py: of KV caches and rotary tables
     seed.py           dropout's seed; forward_mode.py, tangent.py: forward-mode AD; batching.py: torch.func.vmap
     engines/          who computes: fused (one Triton kernel each way, on CUDA), split_kv and sdpa_cpu (on a CPU), tiled
                       (anything, anywhere); and which of them serves a call
@@ -23,6 +24,7 @@ v, T total tokens of packed sequences.
 """
 
 from . import without_numpy as without_numpy  # isort: skip  # before all that imports torch
+from . import rotary as rotary
 from .caches import clear_caches
 from .engines import use_engine
 from .interface import (

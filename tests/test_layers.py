@@ -18,6 +18,8 @@ LAYERS = [
     {"inductor", "scores"},
     {"problem"},
     {"validation"},
+    {"cache_validation"},
+    {"rotary"},
     {"engines.engine"},
     {"engines.fused", "engines.split_kv", "engines.sdpa_cpu", "engines.tiled"},
     {"engines.selection"},
