@@ -1,8 +1,9 @@
 """The flash_attn 2 functions as PyTorch ops: FlashAttention for every machine PyTorch runs on.
 
-    interface.py      the six functions: what people call
-    ops.py            torch.ops.compiled_fa.*: what torch.compile and autograd see
-    rotary.py         rotary position embedding: functions, and a module
+    interface.py      the six training functions, kvcache.py: inference on a cache; what people call
+    ops.py            torch.ops.compiled_fa.*, with cache_ops.py: what torch.compile and autograd see
+    cache_call.py     a call on a KV cache: where its rows lie, and how they are written
+    rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic
     validation.py     every check of an argument; cache_validation.py: of KV caches and rotary tables
     seed.py           dropout's seed; forward_mode.py, tangent.py: forward-mode AD; batching.py: torch.func.vmap
     engines/          who computes: fused (one Triton kernel each way, on CUDA), split_kv and sdpa_cpu (on a CPU), tiled
@@ -35,6 +36,7 @@ from .interface import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from .kvcache import flash_attn_with_kvcache
 from .warmup import warmup
 
 __version__ = "0.1.0"
@@ -47,6 +49,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "use_engine",
     "warmup",
 ]

@@ -17,8 +17,7 @@ NO_DROPOUT = 2.0**-33
 
 def check_tensors(**tensors: object) -> None:
     for argument, value in tensors.items():
-        if not isinstance(value, Tensor):
-            validation.refuse(argument, "a tensor", type(value).__name__, TypeError)
+        validation.tensor_given(argument, value)
 
 
 def unpacked(argument: str, packed: Tensor, dims: str, parts: int) -> tuple[Tensor, ...]:

@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import config
+from . import config, validation
+from .cache_call import CacheCall
+from .problem import Options, Problem
 from .validation import DTYPES, length, refuse, tensor
 
-__all__ = ["keys_and_values", "queries_and_keys", "refuse", "rotary", "rotary_dim"]
+__all__ = ["keys_and_values", "kvcache", "kvcache_values", "queries_and_keys", "refuse", "rotary", "rotary_dim"]
+
+QUERIES = "batch, seqlen_q, nheads, head_dim"
+CACHE = "batch_cache, seqlen_cache, nheads_k, head_dim"
+PAGES = "num_blocks, page_block_size, nheads_k, head_dim"
+NEW = "batch, seqlen_new, nheads_k, head_dim"
+
+
+class DoesNotFitError(ValueError, RuntimeError):
+    """A cache, or its block table, has no room: a ValueError, as all else, and a RuntimeError, as flash_attn's."""
 
 
 def readable(*tensors: Tensor) -> bool:
@@ -130,3 +141,126 @@ def keys_and_values(kv: Tensor) -> None:
     tensor("kv", kv, "batch, seqlen, 2, nheads, head_dim")
     if kv.shape[2] != 2:
         refuse("kv", "(batch, seqlen, 2, nheads, head_dim)", f"shape {tuple(kv.shape)}")
+
+
+# KV caches
+
+
+def kvcache(call: CacheCall, options: Options, num_splits: int) -> None:
+    """What can be told of a call without reading a tensor."""
+    names, layout = ("k_cache", "v_cache"), (QUERIES, CACHE if call.block_table is None else PAGES)
+    validation.qkv(call.q, call.k_cache, call.v_cache, layout, names)
+    q, batch, device = call.q, call.batch, call.q.device
+    if call.block_table is not None:
+        _int32("block_table", call.block_table, "batch, max_num_blocks_per_seq", device)
+        if call.block_table.shape[0] != batch:
+            refuse("block_table", f"of one row a sequence, {batch}", call.block_table.shape[0])
+        if call.page_size < 1:
+            refuse("k_cache", "of pages of at least 1 row", call.page_size)
+        if call.cache_batch_idx is not None:
+            refuse("cache_batch_idx", "None where there is a block_table, whose rows say it all", "a tensor")
+    elif call.cache_batch_idx is None and call.k_cache.shape[0] < batch:
+        refuse("k_cache", f"of at least q's batch, {batch}", call.k_cache.shape[0])
+    per_row = {name: getattr(call, name) for name in ("cache_seqlens", "cache_batch_idx", "cache_leftpad")}
+    for argument, values in per_row.items():
+        if values is not None:
+            _int32(argument, values, "batch", device)
+            if values.shape[0] != batch:
+                refuse(argument, f"of q's batch, {batch}", values.shape[0])
+    _new_keys(call)
+    if (call.rotary_cos is None) != (call.rotary_sin is None):
+        refuse("rotary_sin" if call.rotary_sin is None else "rotary_cos", "given where the other is", None)
+    if call.rotary_cos is not None:
+        if call.k is None:
+            refuse("rotary_cos", "None where there is no k to rotate", "a tensor")
+        rotary_table(call.rotary_cos, call.rotary_sin, q.shape[-1], device, ("rotary_cos", "rotary_sin"))
+    if num_splits < 0:
+        refuse("num_splits", "at least 0 (0: as engines find best)", num_splits)
+    problem = Problem.of(q, call.k_cache, call.v_cache, None, *options)
+    validation.options(problem, options.window_left, options.window_right)
+
+
+def _int32(argument: str, x: Tensor, dims: str, device: torch.device) -> None:
+    tensor(argument, x, dims)
+    if x.dtype != torch.int32:
+        refuse(argument, "of dtype int32", x.dtype, TypeError)
+    if x.device != device:
+        refuse(argument, f"on q's device, {device}", x.device)
+
+
+def _new_keys(call: CacheCall) -> None:
+    if (call.k is None) != (call.v is None):
+        refuse("v" if call.v is None else "k", "given where the other is", None)
+    if call.k is None or call.v is None:
+        return
+    if call.cache_seqlens is None:
+        refuse("cache_seqlens", "given where k is: it says where to write", None)
+    tensor("k", call.k, NEW)
+    for argument, new, like, cache in (("k", call.k, "k_cache", call.k_cache), ("v", call.v, "v_cache", call.v_cache)):
+        tensor(argument, new, NEW)
+        wanted = (call.batch, call.k.shape[1], *cache.shape[2:])
+        if tuple(new.shape) != wanted:
+            refuse(argument, f"of shape (batch, seqlen_new, *{like}'s heads and head_dim) = {wanted}", tuple(new.shape))
+        if new.dtype != cache.dtype:
+            refuse(argument, f"of {like}'s dtype, {cache.dtype}", new.dtype, TypeError)
+        if new.device != cache.device:
+            refuse(argument, f"on {like}'s device, {cache.device}", new.device)
+        if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
+            refuse(like, "memory of its own in every element where k is written to it", f"strides {cache.stride()}")
+
+
+def kvcache_values(call: CacheCall, consecutive: bool) -> None:
+    """What must be read to be told: on a CPU always, elsewhere (a host sync) where COMPILED_FA_CHECK=1.
+
+    consecutive: as CacheCall.rotated's.
+    """
+    if not call.batch or (call.q.device.type != "cpu" and not config.checks_values()):
+        return
+    _rows_fit(call)
+    if call.block_table is not None:
+        _pages(call, call.block_table)
+    elif call.cache_batch_idx is not None:
+        pages, count = call.host_first_page, call.k_cache.shape[0]
+        if min(pages) < 0 or max(pages) >= count:
+            refuse("cache_batch_idx", f"rows of k_cache, from 0 to {count - 1}", f"{min(pages)} to {max(pages)}")
+        if call.seqlen_new and len(set(pages)) < len(pages):
+            refuse("cache_batch_idx", "another row of k_cache for each row of k, which is written to it", pages)
+    if call.rotary_cos is not None:
+        steps = max(call.seqlen_new, call.q.shape[1] if consecutive else min(1, call.q.shape[1]))
+        _positions(max(call.host_before) + steps if steps else 0, call.rotary_cos.shape[0], "rotary_cos")
+
+
+def _rows_fit(call: CacheCall) -> None:
+    before, new = call.host_before, call.seqlen_new
+    if min(before) < 0:
+        refuse("cache_seqlens", "at least 0", min(before))
+    if (longest := max(before) + new) > call.capacity:
+        keys = f"{longest} keys" if not new else f"{longest - new} keys and {new} new ones"
+        if call.block_table is not None:
+            wanted = f"of enough pages of {call.page_size} for {keys}"
+            refuse("block_table", wanted, call.block_table.shape[1], DoesNotFitError)
+        wanted = f"at most {call.capacity - new}, so that {new} new keys fit in k_cache" if new else "k_cache's length"
+        refuse("cache_seqlens", f"{wanted}, {call.capacity}" if not new else wanted, max(before), DoesNotFitError)
+    if call.cache_leftpad is not None:
+        for pad, length_of_row in zip(call.host_leftpad, before, strict=True):
+            if not 0 <= pad <= length_of_row:
+                refuse("cache_leftpad", f"from 0 to the row's cache_seqlens, {length_of_row}", pad)
+
+
+def _pages(call: CacheCall, block_table: Tensor) -> None:
+    """Pages in use exist, and no two new keys go to one place."""
+    count, new = call.k_cache.shape[0], call.seqlen_new
+    # Most tables hold nothing but pages; else what lies behind a row's last one, and before its first, may be anything.
+    if not validation.blocks(block_table, count):
+        column = torch.arange(block_table.shape[1], device=block_table.device)
+        first = 0 if call.cache_leftpad is None else (call.cache_leftpad // call.page_size)[:, None]
+        stop = ((call.before + (new + call.page_size - 1)) // call.page_size)[:, None]
+        used = block_table[(column >= first) & (column < stop)]
+        if not validation.blocks(used, count):
+            found = f"{int(used.min())} to {int(used.max())}"
+            refuse("block_table", f"numbers of k_cache's pages, from 0 to {count - 1}", found)
+    if new and call.batch > 1:
+        page, row = call.slots()
+        places = (page * call.page_size + row).flatten().tolist()
+        if len(set(places)) < len(places):
+            refuse("block_table", "another place for each new key", "a page that is the last one of several rows")

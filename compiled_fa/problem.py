@@ -76,6 +76,39 @@ class Packed:
         q, k = ([stop - start for start, stop in pairwise(sums)] for sums in self.host_sums)
         return q, k
 
+    @property
+    def first_keys(self) -> Tensor | None:
+        """Where in its pages each sequence begins, int32 (batch,); None: at their beginning."""
+        return None
+
+    @property
+    def one_page_each(self) -> bool:
+        """Do keys lie in pages, and each sequence's in one: in one piece?"""
+        return self.block_table is not None and self.block_table.shape[1] == 1
+
+    @functools.cached_property
+    def host_pieces(self) -> list[tuple[int, int]] | None:
+        """The page of each sequence, and where in it the sequence begins; None: not one page each. The host reads."""
+        if self.block_table is None or not self.one_page_each:
+            return None
+        pages = self.block_table[:, 0].tolist()
+        return list(zip(pages, [0] * len(pages) if self.first_keys is None else self.first_keys.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Cached(Packed):
+    """Rows of a KV cache, which is pages: one that is not paged is a page a row, as long as the cache.
+
+    leftpad: int32 (batch,), the first key of each row, before which its pages hold nothing; None: 0. The keys that
+    cu_seqlens_k counts, and the score program, begin with it.
+    """
+
+    leftpad: Tensor | None = None
+
+    @property
+    def first_keys(self) -> Tensor | None:
+        return self.leftpad
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -139,8 +172,14 @@ class Problem:
         if self.packed is None:
             return self.q.shape[1], self.k.shape[1]
         sequences = max(1, self.batch)
-        total_k = self.k.shape[0] if self.packed.block_table is None else self.packed.host_sums[1][-1]
-        return self.q.shape[0] // sequences, total_k // sequences
+        return self.q.shape[0] // sequences, self.total_k // sequences
+
+    @property
+    def total_k(self) -> int:
+        """Keys of all sequences; of keys in pages, as many as the cache holds."""
+        if self.packed is None:
+            return self.k.shape[0] * self.k.shape[1]
+        return self.k.shape[0] if self.packed.block_table is None else self.packed.host_sums[1][-1]
 
     @property
     def lse_dtype(self) -> torch.dtype:

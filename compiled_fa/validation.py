@@ -20,6 +20,11 @@ def refuse(argument: str, wanted: str, got: object, error: type[Exception] = Val
     raise error(f"{argument} must be {wanted}, got {got}")
 
 
+def tensor_given(argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        refuse(argument, "a tensor", type(value).__name__, TypeError)
+
+
 def tensor(argument: str, value: object, dims: str) -> Tensor:
     """A tensor whose dimensions are those named, like "batch, seqlen, nheads, head_dim"."""
     if not isinstance(value, Tensor):
@@ -34,15 +39,16 @@ def _equal(argument: str, wanted: str, got: Any, want: Any) -> None:
         refuse(argument, f"{wanted}, {want}", got)
 
 
-def qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, str]) -> None:
-    """What q, k and v must have in common; layout: the dimensions of q, and of k and v."""
+def qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, str], names: tuple[str, str] = ("k", "v")) -> None:
+    """What q, k and v must have in common; layout: the dimensions of q, and of k and v; names: of k and v."""
+    name_k, name_v = names
     tensor("q", q, layout[0])
-    tensor("k", k, layout[1])
-    tensor("v", v, layout[1])
+    tensor(name_k, k, layout[1])
+    tensor(name_v, v, layout[1])
     dtype, device = q.dtype, q.device
     if dtype not in DTYPES:
         refuse("q", "float16, bfloat16, float32 or float64", dtype, TypeError)
-    for argument, other in (("k", k), ("v", v)):
+    for argument, other in ((name_k, k), (name_v, v)):
         if other.dtype != dtype:
             refuse(argument, f"of q's dtype, {dtype}", other.dtype, TypeError)
         if other.device != device:
@@ -50,15 +56,15 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, str]) -> None:
     *_, nheads, head_dim = q.shape
     *rows_k, nheads_k, head_dim_k = k.shape
     *rows_v, nheads_v, head_dim_v = v.shape
-    _equal("k", "of q's head_dim", head_dim_k, head_dim)
+    _equal(name_k, "of q's head_dim", head_dim_k, head_dim)
     if rows_v != rows_k or nheads_v != nheads_k:
-        refuse("v", f"of k's shape up to head_dim, {(*rows_k, nheads_k)}", (*rows_v, nheads_v))
+        refuse(name_v, f"of {name_k}'s shape up to head_dim, {(*rows_k, nheads_k)}", (*rows_v, nheads_v))
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         refuse("q", f"of a head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
     if not 1 <= head_dim_v <= MAX_HEAD_DIM:
-        refuse("v", f"of a head_dim from 1 to {MAX_HEAD_DIM}", head_dim_v)
+        refuse(name_v, f"of a head_dim from 1 to {MAX_HEAD_DIM}", head_dim_v)
     if nheads < 1 or nheads_k < 1 or nheads % nheads_k:
-        refuse("k", f"of a number of heads that divides q's {nheads}", nheads_k)
+        refuse(name_k, f"of a number of heads that divides q's {nheads}", nheads_k)
 
 
 def _scalar(value: Any) -> Any:
@@ -212,16 +218,16 @@ def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
     if longest_k > block_table.shape[1] * block_size:
         refuse("block_table", f"of enough blocks of {block_size} for {longest_k} keys", block_table.shape[1])
     # Most tables hold nothing but blocks; else what lies behind a sequence's last one may be anything.
-    if not _blocks(block_table, num_blocks):
+    if not blocks(block_table, num_blocks):
         first_row = torch.arange(block_table.shape[1], device=q.device) * block_size
         used = block_table[first_row < packed.cu_seqlens_k.diff()[:, None]]
-        if not _blocks(used, num_blocks):
+        if not blocks(used, num_blocks):
             refuse(
                 "block_table", f"block numbers from 0 to {num_blocks - 1}", f"{int(used.min())} to {int(used.max())}"
             )
 
 
-def _blocks(numbers: Tensor, count: int) -> bool:
+def blocks(numbers: Tensor, count: int) -> bool:
     """Are all of them numbers of blocks?"""
     least, greatest = numbers.aminmax() if numbers.numel() else (0, -1)
     return int(least) >= 0 and int(greatest) < count

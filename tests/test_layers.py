@@ -13,11 +13,11 @@ ROOT = Path(compiled_fa.__file__).parent
 
 # From the ground up. A module may import those below its own line, and those of its own package.
 LAYERS = [
-    {"messages", "flattening", "config", "forward_mode", "memory", "seed", "turing", "without_numpy"},
+    {"messages", "flattening", "config", "forward_mode", "memory", "seed", "turing", "without_numpy", "rotation"},
     {"caches", "tuning"},
     {"inductor", "scores"},
     {"problem"},
-    {"validation"},
+    {"validation", "cache_call"},
     {"cache_validation"},
     {"rotary"},
     {"engines.engine"},
@@ -25,9 +25,12 @@ LAYERS = [
     {"engines.selection"},
     {"engines"},
     {"batching", "tangent"},
-    {"ops", "probabilities"},
+    {"ops", "probabilities", "cache_ops"},
     {"arguments", "padding"},
     {"interface", "forward_backward"},
+    {"kvcache"},
+    {"modules"},
+    {"losses"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
     {"drop_in"},

@@ -16,11 +16,11 @@ from .blocks import BLOCK, Blocks, blocks_of, first_block
 class Aligned:
     """One side, queries or keys, of a packed call.
 
-    cu_seqlens: int32 (batch + 1,). total: rows of the packed tensor. pages: (block_table, block_size) where those are
-    paged.
+    cu_seqlens: int32 (batch + 1,). total: rows of the packed tensor. pages: (block_table, block_size, first row of each
+    sequence in its pages or None) where those are paged.
     """
 
-    def __init__(self, cu_seqlens: Tensor, total: int, pages: tuple[Tensor, int] | None = None) -> None:
+    def __init__(self, cu_seqlens: Tensor, total: int, pages: tuple[Tensor, int, Tensor | None] | None = None) -> None:
         self.lengths = cu_seqlens.diff()
         batch = self.lengths.shape[0]
         self.blocks: Blocks = blocks_of(self.lengths, (total + batch * (BLOCK - 1)) // BLOCK)
@@ -31,9 +31,10 @@ class Aligned:
         if pages is None:
             source = cu_seqlens[self.batch] + self.index
         else:
-            block_table, block_size = pages
-            page = (self.index // block_size).clamp(0, block_table.shape[1] - 1)
-            source = block_table[self.batch, page] * block_size + self.index % block_size
+            block_table, block_size, first = pages
+            index = self.index if first is None else self.index + first[self.batch]
+            page = (index // block_size).clamp(0, block_table.shape[1] - 1)
+            source = block_table[self.batch, page] * block_size + index % block_size
         self._source = torch.where(self.exists, source, 0)
         # Back again: packed row t of sequence b lies where b's first block begins, and as far into it.
         row = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)

@@ -116,7 +116,7 @@ class AlignedLayout:
         assert packed is not None
         total_k, pages = problem.k.shape[0], None
         if packed.block_table is not None:
-            pages = packed.block_table, problem.k.shape[1]
+            pages = packed.block_table, problem.k.shape[1], packed.first_keys
             # Lengths are on the device; as many blocks as the table has room for hold them all.
             total_k = packed.block_table.numel() * problem.k.shape[1]
         self._q = Aligned(packed.cu_seqlens_q, problem.q.shape[0])

@@ -29,6 +29,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     if problem.packed is None:
         longest = problem.k.shape[1]
     else:
+        if problem.packed.first_keys is not None and page_size_of(problem) is not None:
+            return "it decodes where a sequence in pages begins with its first page"
         lengths_q, lengths_k = problem.packed.host_lengths
         if min(lengths_q) != max(lengths_q):
             return "it decodes where sequences have one number of queries"
@@ -54,7 +56,8 @@ def pays(problem: Problem, instead_of: str) -> bool:
         enough = tuned.decode_from_elements_beside_sdpa_16bit
     elif instead_of == "sdpa_cpu":
         enough = tuned.decode_from_elements_beside_sdpa // (2 if seqlens[1] >= tuned.decode_long_keys else 1)
-    return problem.k.numel() >= enough
+    nheads_k, head_dim = problem.k.shape[-2:]
+    return problem.total_k * nheads_k * head_dim >= enough
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -81,15 +81,16 @@ def _arguments(problem: Problem, queries: int, lengths: Tensor) -> list[Tensor]:
 
 
 def page_size_of(problem: Problem) -> int | None:
-    """Keys of a page; None: keys do not lie in pages."""
-    paged = problem.packed is not None and problem.packed.block_table is not None
+    """Keys of a page; None: each sequence's keys lie in one piece."""
+    packed = problem.packed
+    paged = packed is not None and packed.block_table is not None and not packed.one_page_each
     return problem.k.shape[1] if paged else None
 
 
 def _max_num_blocks(problem: Problem) -> int:
-    """How many pages a row of the block table has."""
+    """How many pages a row of the block table has; 0: each sequence's keys lie in one piece."""
     table = None if problem.packed is None else problem.packed.block_table
-    return 0 if table is None else table.shape[1]
+    return 0 if table is None or page_size_of(problem) is None else table.shape[1]
 
 
 def _groups(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

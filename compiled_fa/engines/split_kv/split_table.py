@@ -135,6 +135,10 @@ def located(packed: Packed | None, k: Rows, run: int, plan: SplitPlan) -> SplitT
         return _placed(plan, plan.place * k.per_block + plan.offset, k.total - run)
     if packed.block_table is None:
         return _placed(plan, packed.cu_seqlens_k.take(plan.place) + plan.offset, k.total - run)
+    if packed.one_page_each:
+        row = packed.block_table.take(plan.place).long() * k.per_block + plan.offset
+        first = packed.first_keys
+        return _placed(plan, row if first is None else row + first.take(plan.place), k.total - run)
     return _placed(plan, torch.add(plan.offset, packed.block_table.take(plan.place), alpha=k.per_block))
 
 

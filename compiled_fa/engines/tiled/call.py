@@ -64,7 +64,8 @@ class Call:
                 self._key_rows = PackedRows(packed.cu_seqlens_k, packed.host_sums[1])
             else:
                 sums = packed.cu_seqlens_k, packed.host_sums[1]
-                self._key_rows = PagedRows(packed.block_table, problem.k.shape[1], *sums)
+                where = packed.first_keys, packed.host_pieces
+                self._key_rows = PagedRows(packed.block_table, problem.k.shape[1], *sums, *where)
         device = problem.q.device
         self._positions = torch.arange(longest + current().tiled.bf16_length_multiple, dtype=torch.int32, device=device)
         self._heads = torch.arange(problem.q.shape[-2], dtype=torch.int32, device=device)
@@ -95,11 +96,13 @@ class Call:
     def _narrowed_window(self) -> Callable[[Sequence[int], slice], Window]:
         """The window, as narrow as ALiBi makes it: tiles that weigh nothing are left out.
 
-        It takes a look at all of q and k, and lets their size have a say in how tiles are cut: for long sequences only.
+        It takes a look at all of q and k, and lets their size have a say in how tiles are cut: for long sequences only,
+        and not in pages, of which most may be of others.
         """
-        slopes, q, k = self.program.alibi_slopes, self.problem.q, self.problem.k
+        slopes, q, k, packed = self.program.alibi_slopes, self.problem.q, self.problem.k, self.problem.packed
         longest = max((seqlen_k for _, seqlen_k in self._lengths), default=0)
-        if slopes is None or q.device.type != "cpu" or not q.numel() or longest <= 2 * current().tiled.tile:
+        paged = packed is not None and packed.block_table is not None
+        if slopes is None or paged or q.device.type != "cpu" or not q.numel() or longest <= 2 * current().tiled.tile:
             return lambda sequences, heads: self._window
         largest_q, largest_k = (float(torch.linalg.vector_norm(x, dim=-1, dtype=self.dtype).max()) for x in (q, k))
 

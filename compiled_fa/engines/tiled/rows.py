@@ -141,10 +141,14 @@ class PackedRows:
             self._tables[key] = places.flatten(), missing
         return flat, *self._tables[key]
 
-    def _regular(self, tensor: Tensor) -> Tensor:
-        """The tensor, or once a call a copy of it, if it is not made of rows a multiple of head_dim apart."""
+    def _is_regular(self, tensor: Tensor) -> bool:
+        """Is it made of rows a multiple of head_dim apart?"""
         head_dim, strides = tensor.shape[-1], tensor.stride()
-        if (strides[-1] == 1 or head_dim == 1) and not any(stride % head_dim for stride in strides[:-1]):
+        return (strides[-1] == 1 or head_dim == 1) and not any(stride % head_dim for stride in strides[:-1])
+
+    def _regular(self, tensor: Tensor) -> Tensor:
+        """The tensor, or once a call a copy of it, if its rows are not."""
+        if self._is_regular(tensor):
             return tensor
         if id(tensor) not in self._copies:
             self._copies[id(tensor)] = tensor, tensor.contiguous()  # the tensor too, to keep its id
@@ -168,17 +172,52 @@ class PackedRows:
 
 
 class PagedRows(PackedRows):
-    """(num_blocks, block_size, nheads, head_dim); row r of sequence s is in block block_table[s, r // block_size]."""
+    """(num_blocks, block_size, nheads, head_dim); row r of sequence s is in block block_table[s, r // block_size].
 
-    def __init__(self, block_table: Tensor, block_size: int, cu_seqlens: Tensor, host_sums: Sequence[int]) -> None:
+    first_rows: (batch,), where in its blocks a sequence begins; None: at their beginning. pieces: the block and the
+    first row of each sequence, where each lies in one block: alone it is a view.
+    """
+
+    def __init__(
+        self,
+        block_table: Tensor,
+        block_size: int,
+        cu_seqlens: Tensor,
+        host_sums: Sequence[int],
+        first_rows: Tensor | None = None,
+        pieces: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         super().__init__(cu_seqlens, host_sums)
         self._block_table = block_table
         self._block_size = block_size
+        self._first_rows = first_rows
+        self._pieces = pieces
 
-    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
-        return None
+    def view(self, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> Tensor | None:
+        if self._pieces is None or len(sequences) > 1 or stop > self._single[sequences[0]][1]:
+            return None
+        block, first = self._pieces[sequences[0]]
+        return tensor[None, block, first + start : first + stop, heads]
+
+    def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
+        # Of rows at odd distances `_regular` would copy all blocks, also those of others.
+        if self._is_regular(tensor) or self.view(tensor, sequences, start, stop, heads) is not None:
+            super().load(tile, tensor, sequences, start, stop, heads)
+            return
+        chosen, row = self.numbers(sequences), torch.arange(start, stop, device=self._first.device)
+        exists = (row < self._lengths[chosen, None])[..., None, None]
+        place = (place.where(exists[..., 0, 0], 0) for place in self._block_and_row(chosen, row))
+        rows = torch.where(exists, tensor[:, :, heads][tuple(place)], 0.0)
+        batch_heads = tile.shape[0] // len(sequences)
+        _by_rows(tile, rows, batch_heads).copy_(_split(rows, batch_heads))
+
+    def _block_and_row(self, chosen: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each sequence and row; past the end of a sequence, any."""
+        if self._first_rows is not None:
+            row = row + self._first_rows[chosen, None]
+        column = (row // self._block_size).clamp(max=self._block_table.shape[1] - 1)
+        return self._block_table[chosen[:, None], column].long(), (row % self._block_size).expand(len(chosen), -1)
 
     def _place(self, chosen: Tensor, row: Tensor, start: int, stop: int, strides: Sequence[int]) -> Tensor:
-        blocks = self._block_table[chosen, : -(-stop // self._block_size)].long()
-        block = blocks.repeat_interleave(self._block_size, 1)[:, start:stop]
-        return block * strides[0] + (row % self._block_size) * strides[1]
+        block, row = self._block_and_row(chosen, row)
+        return block * strides[0] + row * strides[1]

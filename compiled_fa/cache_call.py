@@ -1,0 +1,188 @@
+"""One call on a KV cache: its tensors, where its rows lie, how they are written, and the problems that engines solve.
+
+A cache is pages, and a row of the batch has some of them, in order: a table (B, pages) says which. A cache that is not
+paged is a page a row, as long as the cache, and cache_batch_idx is its table. Keys leftpad to cache_seqlens are those
+of a row; new ones are written behind them.
+
+B batch, Sq queries, Sn new keys, S rows of a page, H and Hk query and key heads, D and Dv head_dims of q, k and of v.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .problem import Cached, Options, Problem
+from .rotation import rotated
+
+
+@dataclass(frozen=True)
+class CacheCall:
+    """Arguments of the op that are tensors, in its order.
+
+    q: (B, Sq, H, D). k_cache: (pages, S, Hk, D). v_cache: (pages, S, Hk, Dv). k: (B, Sn, Hk, D). v: (B, Sn, Hk, Dv).
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2). cache_seqlens, cache_batch_idx, cache_leftpad: int32 (B,).
+    block_table: int32 (B, pages of a row).
+    """
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k: Tensor | None = None
+    v: Tensor | None = None
+    rotary_cos: Tensor | None = None
+    rotary_sin: Tensor | None = None
+    cache_seqlens: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
+    cache_leftpad: Tensor | None = None
+    block_table: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def seqlen_new(self) -> int:
+        return 0 if self.k is None else self.k.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.k_cache.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Keys that a row has room for."""
+        return self.page_size * (1 if self.block_table is None else self.block_table.shape[1])
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """int32 (B, pages of a row)."""
+        if self.block_table is not None:
+            return self.block_table
+        if self.cache_batch_idx is not None:
+            return self.cache_batch_idx[:, None]
+        return torch.arange(self.batch, dtype=torch.int32, device=self.q.device)[:, None]
+
+    @functools.cached_property
+    def before(self) -> Tensor:
+        """int32 (B,): keys of each row, with what its leftpad leaves out, before new ones."""
+        if self.cache_seqlens is not None:
+            return self.cache_seqlens
+        return torch.full((self.batch,), self.capacity, dtype=torch.int32, device=self.q.device)
+
+    # What the host reads: on a CPU, where it costs nothing; elsewhere it waits for the device.
+
+    @functools.cached_property
+    def host_before(self) -> list[int]:
+        return [self.capacity] * self.batch if self.cache_seqlens is None else self.cache_seqlens.tolist()
+
+    @functools.cached_property
+    def host_leftpad(self) -> list[int]:
+        return [0] * self.batch if self.cache_leftpad is None else self.cache_leftpad.tolist()
+
+    @functools.cached_property
+    def host_first_page(self) -> list[int]:
+        """The first page of each row."""
+        if self.block_table is None and self.cache_batch_idx is None:
+            return list(range(self.batch))
+        pages: list[int] = self.table[:, 0].tolist()
+        return pages
+
+    # Rotary embedding
+
+    def rotated(self, interleaved: bool, consecutive: bool) -> CacheCall:
+        """With q and k rotated. k's positions are those in which it will lie; q's begin there, too, and are consecutive
+        or, where every query sees the same keys, one and the same."""
+        cos, sin = self.rotary_cos, self.rotary_sin
+        if cos is None or sin is None or self.k is None:
+            return self
+        found = []
+        for x, step in ((self.q, int(consecutive)), (self.k, 1)):
+            place = self.before[:, None] + step * torch.arange(x.shape[1], device=x.device)
+            found.append(rotated(x, cos[place, None], sin[place, None], interleaved))
+        return replace(self, q=found[0], k=found[1], rotary_cos=None, rotary_sin=None)
+
+    # Writing
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Page and row of every new key, int64 (B, Sn)."""
+        place = self.before[:, None] + torch.arange(self.seqlen_new, device=self.q.device)
+        if self.table.shape[1] == 1:
+            return self.table.long().expand(-1, self.seqlen_new), place
+        return self.table.gather(1, place // self.page_size).long(), place % self.page_size
+
+    def append(self) -> None:
+        """Write k and v behind what the cache has."""
+        if self.k is None or self.v is None or not self.k.numel() + self.v.numel():
+            return
+        slots = self.slots()
+        for cache, new in ((self.k_cache, self.k), (self.v_cache, self.v)):
+            cache.index_put_(slots, new)
+
+    # Problems
+
+    def problem(self, options: Options) -> Problem:
+        """Attention of all rows, on the cache as it is after `append`."""
+        if self.q.device.type != "cpu":
+            return self.unread_problem(options)
+        if (alike := self._as_dense(options)) is not None:
+            return alike
+        lengths = self._host_lengths
+        return self._in_pages(_running_sums(lengths), max(lengths, default=0), options)
+
+    def unread_problem(self, options: Options) -> Problem:
+        """The same, of which the host reads nothing."""
+        lengths = self.before + self.seqlen_new
+        if self.cache_leftpad is not None:
+            lengths = lengths - self.cache_leftpad
+        sums = lengths.cumsum(0, dtype=torch.int32)
+        return self._in_pages(torch.cat([sums.new_zeros(1), sums]), self.capacity, options)
+
+    def _in_pages(self, cu_seqlens_k: Tensor, max_seqlen_k: int, options: Options) -> Problem:
+        batch, seqlen_q = self.q.shape[:2]
+        cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=self.q.device) * seqlen_q
+        cached = Cached(cu_seqlens_q, cu_seqlens_k, seqlen_q, max_seqlen_k, self.table, self.cache_leftpad)
+        return Problem.of(self.q.flatten(0, 1), self.k_cache, self.v_cache, cached, *options)
+
+    @property
+    def _host_lengths(self) -> list[int]:
+        new = self.seqlen_new
+        return [seqlen + new - pad for seqlen, pad in zip(self.host_before, self.host_leftpad, strict=True)]
+
+    def _as_dense(self, options: Options) -> Problem | None:
+        """As an ordinary dense problem, which more engines serve: rows of one length, that lie at even distances."""
+        batch = self.batch
+        if not batch or self.table.shape[1] != 1:
+            return None
+        (length, *lengths), (pad, *pads), (page, *pages) = self._host_lengths, self.host_leftpad, self.host_first_page
+        consecutive = all(other == page + n for n, other in enumerate(pages, 1))
+        if not consecutive or any(other != length for other in lengths) or any(other != pad for other in pads):
+            return None
+        k, v = (x[page : page + batch, pad : pad + length] for x in (self.k_cache, self.v_cache))
+        return Problem.of(self.q, k, v, None, *options)
+
+    def row(self, number: int) -> CacheCall:
+        """One row of the batch as a call of its own, after `append`, and after `rotated`."""
+        some = slice(number, number + 1)
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[some]
+
+        table = of(self.block_table)
+        index = self.table[some, 0] if table is None else None
+        lengths = self.before[some] + self.seqlen_new
+        nothing = None, None, None, None
+        return CacheCall(
+            self.q[some], self.k_cache, self.v_cache, *nothing, lengths, index, of(self.cache_leftpad), table
+        )
+
+
+def _running_sums(lengths: Sequence[int]) -> Tensor:
+    sums = [0]
+    for length in lengths:
+        sums.append(sums[-1] + length)
+    return torch.tensor(sums, dtype=torch.int32, device="cpu")

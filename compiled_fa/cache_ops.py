@@ -1,0 +1,107 @@
+"""The op `torch.ops.compiled_fa.attention_with_kvcache`: appends to a KV cache in place, and attends to it.
+
+    out, lse = torch.ops.compiled_fa.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens)
+
+out is (B, Sq, H, Dv), lse a natural logarithm (B, H, Sq) in fp32 (fp64 for fp64 inputs). Forward only.
+
+On a CPU everything that can be wrong is found before anything is written. Elsewhere the host waits for no value, but
+with COMPILED_FA_CHECK=1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cache_validation, engines, forward_mode
+from .cache_call import CacheCall
+from .problem import Options, Problem
+
+SCHEMA = (
+    "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, Tensor? rotary_cos=None, "
+    "Tensor? rotary_sin=None, Tensor? cache_seqlens=None, Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, "
+    "Tensor? block_table=None, float? softmax_scale=None, bool causal=False, SymInt window_left=-1, "
+    "SymInt window_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, bool rotary_interleaved=True, "
+    "SymInt num_splits=0, str engine='auto') -> (Tensor out, Tensor lse)"
+)
+TENSORS, SCORES = 11, 6  # how many of these are CacheCall's, and how many of the next are Options'
+
+
+class _How(NamedTuple):
+    """The last arguments of the op. Defaults: the schema's."""
+
+    rotary_interleaved: bool = True
+    num_splits: int = 0
+    engine: str = "auto"
+
+
+def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, _How]:
+    """What can be told without reading a tensor."""
+    call, options = CacheCall(*arguments[:TENSORS]), Options(*arguments[TENSORS : TENSORS + SCORES])
+    how = _How(*arguments[TENSORS + SCORES :])
+    cache_validation.kvcache(call, options, how.num_splits)
+    return call, options, how
+
+
+def _problems(call: CacheCall, options: Options, num_splits: int) -> list[Problem]:
+    """One for all rows; with num_splits=1 one a row, where an engine may do otherwise with a row beside others.
+
+    (On a GPU the kernels do not: a tile belongs to one row, and takes that row's keys in their order.)
+    """
+    if num_splits != 1 or call.batch < 2 or call.q.device.type != "cpu":
+        return [call.problem(options)]
+    problems, slopes = [], options.alibi_slopes
+    for n in range(call.batch):
+        own = options if slopes is None or slopes.dim() == 1 else options._replace(alibi_slopes=slopes[n : n + 1])
+        problems.append(call.row(n).problem(own))
+    return problems
+
+
+def _laid_out(problem: Problem, batch: int, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """An engine's results as (batch, Sq, H, Dv) and (batch, H, Sq)."""
+    if problem.packed is None:
+        return out, lse
+    return out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+
+
+@torch.library.custom_op(
+    "compiled_fa::attention_with_kvcache",
+    mutates_args=("k_cache", "v_cache"),
+    schema=SCHEMA,
+    tags=(torch.Tag.needs_exact_strides,),  # engines read the cache where it lies
+)
+def attention_with_kvcache(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, options, how = _checked(arguments)
+    consecutive = options.causal or options.window_left >= 0 or options.window_right >= 0
+    cache_validation.kvcache_values(call, consecutive)
+    if not call.batch or not call.q.shape[1]:
+        call.rotated(how.rotary_interleaved, consecutive).append()
+        return _empty(call)
+    call = call.rotated(how.rotary_interleaved, consecutive)
+    # An engine asked for by name that cannot serve says so before the cache is written.
+    routes = [engines.select(problem, "forward", how.engine) for problem in _problems(call, options, how.num_splits)]
+    call.append()
+    batch = call.batch // len(routes)
+    found = [_laid_out(route.problem, batch, *route.engine.forward(route.problem)) for route in routes]
+    out, lse = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+    return out, lse
+
+
+def _empty(call: CacheCall) -> tuple[Tensor, Tensor]:
+    q, lse_dtype = call.q, torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    batch, seqlen_q, nheads, _ = q.shape
+    out = q.new_empty((batch, seqlen_q, nheads, call.v_cache.shape[-1]))
+    return out, q.new_empty((batch, nheads, seqlen_q), dtype=lse_dtype)
+
+
+@attention_with_kvcache.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    # Shapes depend on no number; one that tracing knows as a symbol is checked when the op is called.
+    known = [0 if isinstance(argument, torch.SymInt) else argument for argument in arguments]
+    call, _, _ = _checked(tuple(known))
+    return _empty(call)
+
+
+forward_mode.refuse(attention_with_kvcache)

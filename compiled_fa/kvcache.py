@@ -1,0 +1,131 @@
+"""flash_attn_with_kvcache: the name, argument order and defaults of flash_attn 2.8's interface.
+
+It brings arguments into the form that the op takes, and computes nothing itself.
+
+B batch, Sq queries, Sn new keys, H and Hk query and key heads, D and Dv head_dims of q and k, and of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from . import cache_ops, engines, validation
+from .interface import Result
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float | None = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Result:
+    """Write new keys and values to a cache, in place, and attend to all that it has then: one step of inference.
+
+    Row b of the batch has the keys cache_leftpad[b] to cache_seqlens[b] of its row of the cache, or of its pages, and
+    the Sn new ones, which are written behind these. Causal and window are aligned to the bottom right, as in
+    flash_attn_func: the last query stands at the last key. Time grows with the keys that there are, not with the cache.
+
+    Forward only: the result has no gradient.
+
+    Args:
+        q: (B, Sq, H, D), fp16, bf16, fp32 or fp64; D from 1 to 512. Under autocast q, k and v take k_cache's dtype.
+        k_cache: (rows, seqlen_cache, Hk, D); with block_table (num_blocks, page_block_size, Hk, D), pages of any size.
+            H is a multiple of Hk, and query head h reads key head h // (H / Hk).
+        v_cache: as k_cache, with Dv in place of D.
+        k: (B, Sn, Hk, D), new keys; or None.
+        v: (B, Sn, Hk, Dv), given where k is.
+        rotary_cos, rotary_sin: (positions, R / 2), where k is given: q and k are rotated (compiled_fa.rotary) in their
+            first R elements, k as of positions cache_seqlens[b], cache_seqlens[b] + 1, ..., and so q if causal or with
+            a window; else all of q as of position cache_seqlens[b].
+        cache_seqlens: keys before the new ones: an int for all rows, or int32 (B,); None, without k: as many as fit.
+        cache_batch_idx: int32 (B,), each one's row of k_cache; None: 0, 1, ... Without block_table.
+        cache_leftpad: int32 (B,), where rows begin; None: at 0. Masks, ALiBi and lengths count from there, rotary
+            positions do not.
+        block_table: int32 (B, pages): key j of row b is row j % page_block_size of page
+            block_table[b, j // page_block_size]. What lies behind a row's last page may be any number.
+        softmax_scale: factor of q kᵀ; None: 1 / sqrt(D).
+        causal: a query sees no key after its position.
+        window_size: (left, right): a query sees keys from position - left to position + right; -1: unbounded.
+        softcap: c > 0: scores become c · tanh(score / c). 0 or None: off.
+        rotary_interleaved: pair elements 0 and 1, 2 and 3, ... (GPT-J); else element j with j + R / 2 (GPT-NeoX).
+        alibi_slopes: fp32 (H,) or (B, H): scores lose slope · |position - key|.
+        num_splits: 1: the bits of a row's result do not depend on the rows beside it. Else engines split keys as they
+            find best.
+        return_softmax_lse: return lse, too.
+
+    Returns:
+        out (B, Sq, H, Dv); with return_softmax_lse (out, softmax_lse): (B, H, Sq), natural log, fp32 (fp64 for fp64
+        inputs). Queries without a key have out 0 and lse -inf.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it, and the cache is as it was. Where the cache
+            or the table has no room, it is a RuntimeError as well, which flash_attn raises. Values of tensors are
+            checked on a CPU, and elsewhere with COMPILED_FA_CHECK=1.
+        RuntimeError: the engine asked for by name cannot serve this call.
+
+    Example:
+        out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, causal=True)
+        cache_seqlens += 1
+
+    Source: flash_attn.flash_attn_with_kvcache; Flash-Decoding (Dao, Haziza, Massa and Sizov 2023).
+    """
+    for argument, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        validation.tensor_given(argument, value)
+    optional = {
+        "k": k,
+        "v": v,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "block_table": block_table,
+        "alibi_slopes": alibi_slopes,
+    }
+    for argument, given in optional.items():
+        if given is not None:
+            validation.tensor_given(argument, given)
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        seqlen = cast(int, validation.length("cache_seqlens", cache_seqlens))  # or a symbol of one
+        cache_seqlens = torch.full(q.shape[:1], seqlen, dtype=torch.int32, device=q.device)
+    left, right = cast("tuple[int, int]", validation.window_size(window_size))
+    scale = None if softmax_scale is None else validation.number("softmax_scale", softmax_scale)
+    cap = 0.0 if softcap is None else validation.number("softcap", softcap)
+    scores = scale, validation.flag("causal", causal), left, right, cap, alibi_slopes
+    interleaved = validation.flag("rotary_interleaved", rotary_interleaved)
+    how = interleaved, validation.length("num_splits", num_splits), engines.requested()
+    q, k, v = _autocast(q, k_cache), _autocast(k, k_cache), _autocast(v, k_cache)
+    tables = rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
+    with torch.no_grad():  # else the cache would be a result of all that was ever written to it
+        out, lse = cache_ops.attention_with_kvcache(q, k_cache, v_cache, k, v, *tables, *scores, *how)
+    return (out, lse) if validation.flag("return_softmax_lse", return_softmax_lse) else out
+
+
+Given = TypeVar("Given", Tensor, Tensor | None)
+
+
+def _autocast(x: Given, cache: Tensor) -> Given:
+    """Under autocast in the dtype of the cache, which stays."""
+    if x is None:
+        return x
+    kind = x.device.type
+    casts = kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and cache.is_floating_point()
+    return x.to(cache.dtype) if casts else x
