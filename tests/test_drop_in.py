@@ -42,6 +42,12 @@ SIGNATURES = {
     "flash_attn.flash_attn_varlen_func": f"q, k, v, {LENGTHS}, {TAIL}, block_table=None",
     "flash_attn.flash_attn_varlen_kvpacked_func": f"q, kv, {LENGTHS}, {TAIL}",
     "flash_attn.flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}",
+    "flash_attn.flash_attn_with_kvcache": (
+        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+        "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
+        "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
+        "return_softmax_lse=False"
+    ),
     "flash_attn.flash_attn_interface._flash_attn_forward": f"q, k, v, {SCORES}, return_softmax",
     "flash_attn.flash_attn_interface._wrapped_flash_attn_forward": f"q, k, v, {SCORES}, return_softmax",
     "flash_attn.flash_attn_interface._flash_attn_backward": f"{GRADIENTS}, {SCORES}, deterministic, rng_state=None",
@@ -62,6 +68,17 @@ SIGNATURES = {
     "flash_attn.bert_padding.unpad_input_for_concatenated_sequences": "hidden_states, attention_mask_in_length",
     "flash_attn.bert_padding.index_first_axis": "input, indices",
     "flash_attn.bert_padding.index_put_first_axis": "values, indices, first_axis_dim",
+    "flash_attn.layers.rotary.apply_rotary_emb": (
+        "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None"
+    ),
+    "flash_attn.layers.rotary.apply_rotary_emb_qkv_": (
+        "qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0, num_heads_q=None"
+    ),
+    "flash_attn.layers.rotary.apply_rotary_emb_kv_": "kv, cos, sin, interleaved=False, seqlen_offsets=0",
+    "flash_attn.ops.triton.rotary.apply_rotary": (
+        "x, cos, sin, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None, interleaved=False, inplace=False, "
+        "conjugate=False"
+    ),
 }
 OLD = {
     "flash_attn.flash_attn_interface._flash_attn_forward": (
@@ -82,8 +99,10 @@ OLD = {
 @pytest.fixture(params=[drop_in.PROFILES[0]])
 def installed(request):
     drop_in.install(request.param)
-    yield importlib.import_module("flash_attn")
-    drop_in.uninstall()
+    try:
+        yield importlib.import_module("flash_attn")
+    finally:
+        drop_in.uninstall()
 
 
 old = pytest.mark.parametrize("installed", ["2.6.3"], indirect=True)
@@ -248,6 +267,43 @@ def test_metadata_alone_is_a_real_one_too(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match=r"a real flash_attn 2.8.3 \(its metadata, without a package\)"):
         drop_in.install()
+
+
+def test_apply_rotary_turns_in_place_and_its_conjugate_turns_back(installed):
+    apply_rotary = named("flash_attn.ops.triton.rotary.apply_rotary")
+    x, angles = torch.randn(7, 2, 8), torch.rand(9, 3)
+    sums = torch.tensor([0, 5, 7], dtype=torch.int32)
+    options = (angles.cos(), angles.sin(), 1, sums, 5, True)
+    turned = apply_rotary(x, *options)
+    assert torch.equal(
+        turned, named("flash_attn.layers.rotary.apply_rotary_emb")(x, *options[:2], True, False, 1, sums)
+    )
+    assert torch.allclose(apply_rotary(turned, *options, conjugate=True), x, atol=1e-6)
+    given = x.clone()
+    assert apply_rotary(given, *options, inplace=True) is given
+    assert torch.equal(given, turned)
+
+
+@pytest.mark.parametrize("installed", drop_in.PROFILES, indirect=True)
+def test_the_extension_decodes(installed):
+    gpu = named("flash_attn.flash_attn_interface.flash_attn_cuda")
+    q, cache = torch.randn(2, 1, 4, 8), torch.randn(2, 2, 9, 2, 8)
+    new = torch.randn(2, 2, 1, 2, 8)
+    lengths = torch.tensor([3, 8], dtype=torch.int32)
+    mine, theirs = cache.clone(), cache.clone()
+    out = torch.empty_like(q)
+    found = gpu.fwd_kvcache(
+        q, *mine, *new, lengths, None, None, None, None, None, None, out, 0.4, True, 4, 0, 0.0, False, 0
+    )
+    wanted = installed.flash_attn_with_kvcache(
+        q, *theirs, *new, cache_seqlens=lengths, softmax_scale=0.4, causal=True, window_size=(4, 0),
+        return_softmax_lse=True,
+    )  # fmt: skip
+    assert found[0] is out
+    assert torch.equal(out, wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    assert torch.equal(mine, theirs)
+    assert not torch.equal(mine, cache)
 
 
 # Clients imported before

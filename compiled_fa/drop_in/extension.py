@@ -1,8 +1,8 @@
 """flash_attn's compiled extension, by the names and the order of arguments that callers of it use: flash_attn_gpu.
 
 xformers and TransformerEngine call it instead of the functions. `fwd` and `varlen_fwd` give (out, softmax_lse, S_dmask,
-rng_state), `bwd` and `varlen_bwd` (dq, dk, dv, softmax_d). Results are written into the
-tensors given for them, where there are any.
+rng_state), `bwd` and `varlen_bwd` (dq, dk, dv, softmax_d), `fwd_kvcache` (out, softmax_lse). Results are written into
+the tensors given for them, where there are any.
 
 Source: the bindings of flash_attn 2.7 and 2.8 (mha_fwd, mha_varlen_fwd, mha_bwd, mha_varlen_bwd, mha_fwd_kvcache).
 """
@@ -19,6 +19,7 @@ from ..forward_backward import (
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
 )
+from ..kvcache import flash_attn_with_kvcache
 
 
 def fwd(
@@ -193,6 +194,54 @@ def varlen_bwd(
         rng_state,
     )
     return [*targets, delta]
+
+
+def fwd_kvcache(
+    q: Tensor,
+    kcache: Tensor,
+    vcache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seqlens_k: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    leftpad_k: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    out: Tensor | None,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float | None,
+    is_rotary_interleaved: bool,
+    num_splits: int,
+) -> list[Tensor]:
+    """flash_attn_with_kvcache."""
+    _check_out(out, q, vcache)
+    found, lse = flash_attn_with_kvcache(
+        q,
+        kcache,
+        vcache,
+        k,
+        v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_seqlens=seqlens_k,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=leftpad_k,
+        block_table=block_table,
+        softmax_scale=softmax_scale,
+        causal=is_causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        rotary_interleaved=is_rotary_interleaved,
+        alibi_slopes=alibi_slopes,
+        num_splits=num_splits,
+        return_softmax_lse=True,
+    )
+    return _into(out, found, lse)
 
 
 def _no_generator(generator: torch.Generator | None) -> None:

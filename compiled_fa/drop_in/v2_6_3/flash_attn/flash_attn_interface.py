@@ -17,6 +17,7 @@ from compiled_fa import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
     forward_backward,
 )
 from compiled_fa.drop_in import extension
@@ -35,6 +36,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 # Not as typed: tuples of arguments are laid out here in between others.
@@ -159,4 +161,5 @@ flash_attn_cuda = _SimpleNamespace(
     varlen_fwd=_with_eight(_extension.varlen_fwd),
     bwd=_extension.bwd,
     varlen_bwd=_extension.varlen_bwd,
+    fwd_kvcache=_extension.fwd_kvcache,
 )

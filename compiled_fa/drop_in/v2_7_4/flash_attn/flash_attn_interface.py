@@ -7,6 +7,7 @@ from compiled_fa import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 from compiled_fa.drop_in import extension as flash_attn_gpu
 from compiled_fa.drop_in.refused import names_of as _names_of
@@ -42,6 +43,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 __getattr__ = _names_of(__name__)
