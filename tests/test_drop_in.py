@@ -68,6 +68,29 @@ SIGNATURES = {
     "flash_attn.bert_padding.unpad_input_for_concatenated_sequences": "hidden_states, attention_mask_in_length",
     "flash_attn.bert_padding.index_first_axis": "input, indices",
     "flash_attn.bert_padding.index_put_first_axis": "values, indices, first_axis_dim",
+    "flash_attn.ops.triton.layer_norm.layer_norm_fn": (
+        "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
+        "prenorm=False, residual_in_fp32=False, zero_centered_weight=False, is_rms_norm=False, "
+        "return_dropout_mask=False, out_dtype=None, out=None, residual_out=None"
+    ),
+    "flash_attn.ops.triton.layer_norm.rms_norm_fn": (
+        "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
+        "prenorm=False, residual_in_fp32=False, zero_centered_weight=False, return_dropout_mask=False, out_dtype=None, "
+        "out=None, residual_out=None"
+    ),
+    "flash_attn.ops.layer_norm.dropout_add_layer_norm": (
+        "x0, residual, weight, bias, dropout_p, epsilon, rowscale=None, layerscale=None, prenorm=False, "
+        "residual_in_fp32=False, return_dropout_mask=False"
+    ),
+    "flash_attn.ops.rms_norm.rms_norm": "x, weight, epsilon",
+    "flash_attn.ops.activations.swiglu": "x, y",
+    "flash_attn.ops.triton.cross_entropy.cross_entropy_loss": (
+        "logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0, "
+        "ignore_index=-100, inplace_backward=False, process_group=None"
+    ),
+    "flash_attn.ops.fused_dense.fused_dense_func": (
+        "x, weight, bias=None, return_residual=False, process_group=None, sequence_parallel=True"
+    ),
     "flash_attn.layers.rotary.apply_rotary_emb": (
         "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None"
     ),
@@ -78,6 +101,37 @@ SIGNATURES = {
     "flash_attn.ops.triton.rotary.apply_rotary": (
         "x, cos, sin, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None, interleaved=False, inplace=False, "
         "conjugate=False"
+    ),
+}
+FACTORY = "device=None, dtype=None"
+CLASSES = {
+    "flash_attn.modules.mha.FlashSelfAttention": (
+        "causal=False, softmax_scale=None, attention_dropout=0.0, window_size=(-1, -1), alibi_slopes=None, "
+        "deterministic=False"
+    ),
+    "flash_attn.modules.mha.FlashCrossAttention": (
+        "causal=False, softmax_scale=None, attention_dropout=0.0, alibi_slopes=None, window_size=(-1, -1), "
+        "deterministic=False"
+    ),
+    "flash_attn.modules.mha.MHA": (
+        "embed_dim, num_heads, num_heads_kv=None, cross_attn=False, qkv_proj_bias=True, out_proj_bias=True, "
+        "dropout=0.0, softmax_scale=None, causal=False, layer_idx=None, dwconv=False, rotary_emb_dim=0, "
+        "rotary_emb_base=10000.0, rotary_emb_scale_base=None, rotary_emb_interleaved=False, use_alibi=False, "
+        "window_size=(-1, -1), fused_bias_fc=False, use_flash_attn=False, return_residual=False, checkpointing=False, "
+        f"{FACTORY}"
+    ),
+    "flash_attn.losses.cross_entropy.CrossEntropyLoss": (
+        "ignore_index=-100, reduction='mean', label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0, "
+        "inplace_backward=False, process_group=None, return_z_loss=False"
+    ),
+    "flash_attn.layers.rotary.RotaryEmbedding": ("dim, base=10000.0, interleaved=False, scale_base=None, device=None"),
+    "flash_attn.models.gpt.GPTLMHeadModel": f"config, process_group=None, {FACTORY}",
+    "flash_attn.ops.triton.layer_norm.RMSNorm": (
+        f"hidden_size, eps=1e-05, dropout_p=0.0, zero_centered_weight=False, {FACTORY}"
+    ),
+    "flash_attn.ops.fused_dense.FusedMLP": (
+        "in_features, hidden_features=None, out_features=None, bias1=True, bias2=True, activation='gelu_approx', "
+        f"return_residual=False, checkpoint_lvl=0, heuristic='auto', {FACTORY}"
     ),
 }
 OLD = {
@@ -131,6 +185,11 @@ def test_functions_are_plain_and_have_flash_attns_signatures(installed, name):
     assert plain_signature(function) == f"({SIGNATURES[name]})"
     spec = inspect.getfullargspec(function)
     assert (spec.varargs, spec.varkw, spec.kwonlyargs) == (None, None, [])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_have_flash_attns_arguments(installed, name):
+    assert plain_signature(named(name)) == f"({CLASSES[name]})"
 
 
 @old

@@ -50,7 +50,51 @@ MODULES = {
     "flash_attn.utils.torch": _HELPERS,
 }
 
-NAMES: dict[str, dict[str, str]] = {}
+_AUTOGRAD = "autograd differentiates the forward"
+
+NAMES: dict[str, dict[str, str]] = {
+    "flash_attn.modules.mha": dict.fromkeys(("ParallelMHA",), _PARALLEL),
+    "flash_attn.modules.mlp": dict.fromkeys(("ParallelMLP", "ParallelGatedMlp", "ParallelFusedMLP"), _PARALLEL),
+    "flash_attn.modules.block": {"ParallelBlock": "attention and MLP side by side, GPT-J's and GPT-NeoX's kind"},
+    "flash_attn.modules.embedding": {
+        "BertEmbeddings": "it is part of flash_attn's BERT, which is not served",
+        **dict.fromkeys(
+            ("VocabParallelEmbedding", "ColumnParallelEmbedding", "ParallelGPT2Embeddings"),
+            _PARALLEL,
+        ),
+    },
+    "flash_attn.models.gpt": {
+        "GPTPreTrainedModel": _WEIGHTS,
+        "remap_state_dict_hf_gpt2": _WEIGHTS,
+        "remap_state_dict_megatron": _WEIGHTS,
+        **dict.fromkeys(("shard_state_dict_tp", "combine_state_dicts_tp"), _PARALLEL),
+    },
+    "flash_attn.ops.fused_dense": dict.fromkeys(
+        ("ColumnParallelLinear", "RowParallelLinear", "ParallelFusedMLP"), _PARALLEL
+    ),
+    "flash_attn.ops.layer_norm": dict.fromkeys(
+        (
+            "dropout_add_layer_norm_subset",
+            "dropout_add_layer_norm_parallel_residual",
+        ),
+        _SUBSET,
+    ),
+    "flash_attn.ops.rms_norm": dict.fromkeys(
+        (
+            "dropout_add_rms_norm_subset",
+            "dropout_add_rms_norm_parallel_residual",
+        ),
+        _SUBSET,
+    ),
+    "flash_attn.ops.triton.layer_norm": {
+        **dict.fromkeys(("layer_norm_ref", "rms_norm_ref"), _HELPERS),
+        "layer_norm_linear_fn": _FUSED,
+    },
+    "flash_attn.ops.activations": {
+        **dict.fromkeys(("bias_gelu_back", "gelu_bwd", "relu_bwd", "sqrelu_bwd", "swiglu_bwd"), _AUTOGRAD),
+        **dict.fromkeys(("bias_gelu_impl", "fast_gelu_impl", "swiglu_fwd"), "use bias_gelu, gelu_fwd and swiglu"),
+    },
+}
 
 
 def of_module(name: str) -> str:
