@@ -34,7 +34,7 @@ LAYERS = [
     {"warmup", "testing"},
     {""},  # the package itself: what people import
     {"drop_in"},
-    {"check", "run"},
+    {"check", "compat", "run"},
     {"__main__"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

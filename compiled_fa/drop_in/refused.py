@@ -22,6 +22,7 @@ _OLD = "flash_attn 1; version 2 has it no more"
 MODULES = {
     "flash_attn.flash_attention": _OLD,
     "flash_attn.flash_attn_triton": _KERNELS,
+    "flash_attn.flash_attn_triton_amd": "kernels for AMD's GPUs; ours run there through PyTorch",
     "flash_attn.flash_attn_triton_og": _KERNELS,
     "flash_attn.flash_blocksparse_attention": _OLD,
     "flash_attn.flash_blocksparse_attn_interface": _OLD,
@@ -52,7 +53,35 @@ MODULES = {
 
 _AUTOGRAD = "autograd differentiates the forward"
 
+_CLASSES = "the autograd function behind a function: call that"
+
 NAMES: dict[str, dict[str, str]] = {
+    "flash_attn.flash_attn_interface": {
+        **dict.fromkeys(
+            (
+                "FlashAttnFunc",
+                "FlashAttnKVPackedFunc",
+                "FlashAttnQKVPackedFunc",
+                "FlashAttnVarlenFunc",
+                "FlashAttnVarlenKVPackedFunc",
+                "FlashAttnVarlenQKVPackedFunc",
+            ),
+            _CLASSES,
+        ),
+        **dict.fromkeys(("maybe_contiguous", "round_multiple"), _HELPERS),
+    },
+    "flash_attn.bert_padding": dict.fromkeys(
+        ("IndexFirstAxis", "IndexFirstAxisResidual", "IndexPutFirstAxis"), _CLASSES
+    ),
+    "flash_attn.layers.rotary": {
+        **dict.fromkeys(("ApplyRotaryEmb", "ApplyRotaryEmbKV_", "ApplyRotaryEmbQKV_"), _CLASSES),
+        **dict.fromkeys(("apply_rotary_emb_torch", "rotate_half"), "use apply_rotary_emb, which is PyTorch ops here"),
+    },
+    "flash_attn.ops.triton.cross_entropy": {
+        "CrossEntropyLoss": _CLASSES,
+        **dict.fromkeys(("cross_entropy_bwd_kernel", "cross_entropy_fwd_kernel"), _KERNELS),
+    },
+    "flash_attn.ops.triton.rotary": {"rotary_kernel": _KERNELS},
     "flash_attn.modules.mha": dict.fromkeys(("ParallelMHA",), _PARALLEL),
     "flash_attn.modules.mlp": dict.fromkeys(("ParallelMLP", "ParallelGatedMlp", "ParallelFusedMLP"), _PARALLEL),
     "flash_attn.modules.block": {"ParallelBlock": "attention and MLP side by side, GPT-J's and GPT-NeoX's kind"},
@@ -72,13 +101,13 @@ NAMES: dict[str, dict[str, str]] = {
     "flash_attn.ops.fused_dense": dict.fromkeys(
         ("ColumnParallelLinear", "RowParallelLinear", "ParallelFusedMLP"), _PARALLEL
     ),
-    "flash_attn.ops.layer_norm": dict.fromkeys(
-        (
-            "dropout_add_layer_norm_subset",
-            "dropout_add_layer_norm_parallel_residual",
+    "flash_attn.ops.layer_norm": {
+        **dict.fromkeys(("dropout_add_layer_norm_parallel_residual", "dropout_add_layer_norm_subset"), _SUBSET),
+        **dict.fromkeys(
+            ("DropoutAddLayerNormFn", "DropoutAddLayerNormParallelResidualFn", "DropoutAddLayerNormSubsetFn"), _CLASSES
         ),
-        _SUBSET,
-    ),
+        "maybe_align": _HELPERS,
+    },
     "flash_attn.ops.rms_norm": dict.fromkeys(
         (
             "dropout_add_rms_norm_subset",
@@ -87,13 +116,33 @@ NAMES: dict[str, dict[str, str]] = {
         _SUBSET,
     ),
     "flash_attn.ops.triton.layer_norm": {
-        **dict.fromkeys(("layer_norm_ref", "rms_norm_ref"), _HELPERS),
+        **dict.fromkeys(
+            (
+                "layer_norm_ref",
+                "maybe_contiguous",
+                "maybe_contiguous_lastdim",
+                "rms_norm_ref",
+                "triton_autotune_configs",
+            ),
+            _HELPERS,
+        ),
+        **dict.fromkeys(("LayerNormFn", "LayerNormLinearFn"), _CLASSES),
         "layer_norm_linear_fn": _FUSED,
     },
     "flash_attn.ops.activations": {
         **dict.fromkeys(("bias_gelu_back", "gelu_bwd", "relu_bwd", "sqrelu_bwd", "swiglu_bwd"), _AUTOGRAD),
         **dict.fromkeys(("bias_gelu_impl", "fast_gelu_impl", "swiglu_fwd"), "use bias_gelu, gelu_fwd and swiglu"),
+        **dict.fromkeys(("FastGeLUFunction", "GeLUFunction", "SwiGLUFunction"), _CLASSES),
+        **dict.fromkeys(("swiglu_bwd_codestring", "swiglu_fwd_codestring"), _KERNELS),
     },
+}
+
+
+ELSEWHERE = {
+    "flash_attn.cute": "it is FlashAttention 4",
+    "flash_attn_interface": "at the top level it is FlashAttention 3",
+    "flash_attn_3": "it is FlashAttention 3",
+    "flash_attn_2_cuda": "the compiled extension itself; flash_attn.flash_attn_interface has flash_attn_gpu",
 }
 
 

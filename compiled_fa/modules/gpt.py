@@ -101,6 +101,7 @@ def create_block(
     config: Any, layer_idx: int | None = None, process_group: Any = None, device: Any = None, dtype: Any = None
 ) -> Block:
     """Layer layer_idx of a model."""
+    refuse_group("process_group", process_group)
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     block = Block(
         config.hidden_size,
