@@ -98,9 +98,10 @@ NAMES: dict[str, dict[str, str]] = {
         "remap_state_dict_megatron": _WEIGHTS,
         **dict.fromkeys(("shard_state_dict_tp", "combine_state_dicts_tp"), _PARALLEL),
     },
-    "flash_attn.ops.fused_dense": dict.fromkeys(
-        ("ColumnParallelLinear", "RowParallelLinear", "ParallelFusedMLP"), _PARALLEL
-    ),
+    "flash_attn.ops.fused_dense": {
+        **dict.fromkeys(("FusedDenseFunc", "FusedMLPFunc"), _CLASSES),
+        **dict.fromkeys(("ColumnParallelLinear", "ParallelFusedMLP", "RowParallelLinear"), _PARALLEL),
+    },
     "flash_attn.ops.layer_norm": {
         **dict.fromkeys(("dropout_add_layer_norm_parallel_residual", "dropout_add_layer_norm_subset"), _SUBSET),
         **dict.fromkeys(
