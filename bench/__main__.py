@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import table
+from . import serve, table
 from .peers import PEERS
 from .processes import first_use_records, memory_records
 from .progress import Progress
@@ -19,11 +19,11 @@ from .race import race
 from .records import ROOT, Writer, circumstances, described, of_outcome
 from .suites import RACES, Entry, memory
 
-SUITES = (*RACES, "memory", "compile")
+SUITES = (*RACES, "serve", "memory", "compile")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
-published (the shapes of flash-attention's README, for a GPU), memory (peaks, each in a process of its own), compile
-(first use in a new process, cache cold and warm).
+published (the shapes of flash-attention's README, for a GPU), serve (requests that come and go, on pages and on padded
+rows), memory (peaks, each in a process of its own), compile (first use in a new process, cache cold and warm).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 
 
@@ -105,6 +105,16 @@ def _process_suite(name: str, options: argparse.Namespace, device: torch.device)
     progress.clear()
 
 
+def _serve_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Records of the service of requests."""
+    print(table.SERVE_HEADER)
+    for records in serve.records(
+        options.quick, device, options.seconds, options.rounds or (1 if options.quick else None)
+    ):
+        print(table.serve_row(records), flush=True)
+        yield from records
+
+
 def main(arguments: list[str] | None = None) -> int:
     """-> exit status: 1 when a peer, or ours, was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -125,7 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
     shared = Writer(options.output, command) if options.output else None
     for name in options.suites or SUITES:
         print(f"\n{name}")
-        records = (_race_suite if name in RACES else _process_suite)(name, options, device)
+        suite = _race_suite if name in RACES else _serve_suite if name == "serve" else _process_suite
+        records = suite(name, options, device)
         writer = shared or Writer(RESULTS / f"{name}.jsonl" if whole else None, command)
         for record in records:
             wrong |= record["status"] == "mismatch"

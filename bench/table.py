@@ -59,6 +59,23 @@ def notes(records: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def serve_row(records: Sequence[dict[str, Any]]) -> str:
+    """Tokens per second, and ours / peer of the time, as above."""
+    by_peer = {record["peer"]: record for record in records}
+    line, ours = f"{records[0]['case']:<{LABEL_WIDTH + 10}}", by_peer["ours"].get("median_s")
+    for name, record in by_peer.items():
+        if record["status"] != "timed":
+            line += f"  {name}: {NOT_TIMED[record['status']]} {record['reason']}"
+        elif name == "ours":
+            line += f"{record['tokens_per_s']:>14.0f}"
+        else:
+            line += f"{ours / record['median_s']:>14.2f}" if ours is not None else f"{'-':>14}"
+    return line
+
+
+SERVE_HEADER = f"{'case':<{LABEL_WIDTH + 10}}{'ours tokens/s':>14}{'/ SDPA padded':>14}"
+
+
 def memory_row(record: dict[str, Any]) -> str:
     direction = "fwd" if record["direction"] == "forward" else "fwd+bwd"
     line = f"{record['case']:<{LABEL_WIDTH}}{direction:>8}{record['peer']:>8}"

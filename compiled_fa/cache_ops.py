@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cache_validation, engines, forward_mode
+from . import cache_validation, engines
 from .cache_call import CacheCall
 from .problem import Options, Problem
 
+NAME = "attention_with_kvcache"
 SCHEMA = (
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, Tensor? rotary_cos=None, "
     "Tensor? rotary_sin=None, Tensor? cache_seqlens=None, Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, "
@@ -66,13 +67,14 @@ def _laid_out(problem: Problem, batch: int, out: Tensor, lse: Tensor) -> tuple[T
     return out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
 
 
-@torch.library.custom_op(
-    "compiled_fa::attention_with_kvcache",
-    mutates_args=("k_cache", "v_cache"),
-    schema=SCHEMA,
-    tags=(torch.Tag.needs_exact_strides,),  # engines read the cache where it lies
-)
-def attention_with_kvcache(*arguments: Any) -> tuple[Tensor, Tensor]:
+# Not by torch.library.custom_op, which goes through the schema, argument by argument, at every call of an op that writes.
+_LIBRARY = torch.library.Library("compiled_fa", "FRAGMENT")
+_LIBRARY.define(NAME + SCHEMA, tags=(torch.Tag.needs_exact_strides,))  # engines read the cache where it lies
+
+
+@torch.library.impl(_LIBRARY, NAME, "CompositeExplicitAutograd")
+@torch.no_grad()
+def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, options, how = _checked(arguments)
     consecutive = options.causal or options.window_left >= 0 or options.window_right >= 0
     cache_validation.kvcache_values(call, consecutive)
@@ -96,12 +98,13 @@ def _empty(call: CacheCall) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((batch, nheads, seqlen_q), dtype=lse_dtype)
 
 
-@attention_with_kvcache.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Shapes depend on no number; one that tracing knows as a symbol is checked when the op is called.
     known = [0 if isinstance(argument, torch.SymInt) else argument for argument in arguments]
     call, _, _ = _checked(tuple(known))
     return _empty(call)
 
 
-forward_mode.refuse(attention_with_kvcache)
+_LIBRARY.impl(NAME, torch.library.fallthrough_kernel, "Autograd")  # forward only
+torch.library.register_fake(f"compiled_fa::{NAME}", _fake, lib=_LIBRARY)
+attention_with_kvcache = torch.ops.compiled_fa.attention_with_kvcache.default

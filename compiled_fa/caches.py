@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable
 from math import prod
+from operator import itemgetter
 from typing import Generic, Protocol, TypeVar, cast
 
 import torch
@@ -115,15 +116,16 @@ class Cache(Generic[Key, Value]):
 
     def _evict(self, spared: _Entry[Value]) -> None:
         """Forget the least recently used ones that are too many, or too much."""
-        old = sorted(
-            (key for key, entry in self._entries.items() if entry.done and entry is not spared),
-            key=lambda key: self._entries[key].used,
-            reverse=True,
-        )
-        while old and (
-            len(self._entries) > self._most_entries or (self._most_bytes is not None and self.nbytes > self._most_bytes)
-        ):
-            del self._entries[old.pop()]
+        if not self._is_too_much():
+            return
+        pairs = ((entry.used, key) for key, entry in self._entries.items() if entry.done and entry is not spared)
+        old = sorted(pairs, key=itemgetter(0), reverse=True)
+        while old and self._is_too_much():
+            del self._entries[old.pop()[1]]
+
+    def _is_too_much(self) -> bool:
+        too_large = self._most_bytes is not None and self.nbytes > self._most_bytes
+        return too_large or len(self._entries) > self._most_entries
 
     def _start_anew(self) -> None:
         self._lock = threading.Lock()

@@ -35,7 +35,9 @@ class Variable:
 
 ENGINE = Variable("COMPILED_FA_ENGINE", ENGINES, "the engine that serves every call; it serves or raises")
 COMPILE = Variable("COMPILED_FA_COMPILE", ("1", "0"), "0: engines on a CPU run their steps as plain PyTorch ops")
-CHECK = Variable("COMPILED_FA_CHECK", ("0", "1"), "1: values of cu_seqlens and block_table are checked on a GPU, too")
+CHECK = Variable(
+    "COMPILED_FA_CHECK", ("0", "1"), "1: values of cu_seqlens, block_table, cache_seqlens ... are checked on a GPU, too"
+)
 TUNING = Variable(
     "COMPILED_FA_TUNING",
     ("auto", *CPU_CLASSES),

@@ -54,6 +54,18 @@ def differentiated(x: Tensor) -> str | None:
     return "a tensor with a tangent" if forward_ad.unpack_dual(x, level=0).tangent is not None else None
 
 
+def refuse_tangents(name: str, **tensors: Tensor | None) -> None:
+    """Raises NotImplementedError for an argument of function `name` that has a tangent. In compiled code nothing is
+    asked."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
+        return
+    for argument, x in tensors.items():
+        if x is not None and forward_ad.unpack_dual(x, level=0).tangent is not None:
+            raise NotImplementedError(f"{name} does not support forward-mode AD in {argument}, which has a tangent")
+
+
 def _raise(op: Any, tangents: Sequence[Tensor | None]) -> NoReturn:
     parameters = zip(op._opoverload._schema.arguments, tangents, strict=False)
     *_, name = (parameter.name for parameter, tangent in parameters if tangent is not None)

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from . import cache_ops, engines, validation
+from . import cache_ops, engines, forward_mode, validation
 from .interface import Result
 
 
@@ -112,6 +112,7 @@ def flash_attn_with_kvcache(
     scores = scale, validation.flag("causal", causal), left, right, cap, alibi_slopes
     interleaved = validation.flag("rotary_interleaved", rotary_interleaved)
     how = interleaved, validation.length("num_splits", num_splits), engines.requested()
+    forward_mode.refuse_tangents("flash_attn_with_kvcache", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     q, k, v = _autocast(q, k_cache), _autocast(k, k_cache), _autocast(v, k_cache)
     tables = rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
     with torch.no_grad():  # else the cache would be a result of all that was ever written to it

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import first_use, peers, plot, processes, records
+from bench import first_use, peers, plot, processes, records, serve
 from bench.cases import Case, Direction, Inputs
 from bench.peers import Peer
 from bench.race import race
@@ -175,6 +175,34 @@ def test_command_writes_records_that_can_be_read(tmp_path, capsys):
         assert record["iqr_s"] >= 0
         assert record["rounds"] == 2
         assert record["tflops"] > 0
+
+
+def test_serve_of_every_server(capsys, tmp_path):
+    file = tmp_path / "records.jsonl"
+    assert command.main(["serve", "--quick", "--output", str(file)]) == 0
+    assert "/ SDPA padded" in capsys.readouterr().out
+    found = records.read([file])
+    assert {record["peer"] for record in found} == set(serve.SERVERS)
+    assert all(record["tokens_per_s"] > 0 for record in found)
+
+
+def test_serve_frees_pages_and_uses_them_again():
+    workload = serve.Workload.of(True, torch.float32)
+    server = serve.Paged(workload, CPU)
+    for _ in range(2):
+        assert serve.serve(workload, server, serve.Tokens(workload, CPU)) > workload.requests[-1].arrival
+        assert sorted(server._free) == list(range(len(server._free)))
+    assert sum(request.tokens for request in workload.requests) > len(server._free) * workload.page_size
+
+
+def test_a_wrong_server_is_noticed(monkeypatch, capsys):
+    class Forgetful(serve.Paged):
+        def prefill(self, row, q, k, v):
+            return super().prefill(row, q, torch.zeros_like(k), v)
+
+    monkeypatch.setitem(serve.SERVERS, "SDPA padded", Forgetful)
+    assert command.main(["serve", "--quick"]) == 1
+    assert "SDPA padded: WRONG request 0" in capsys.readouterr().out
 
 
 def test_unknown_suites_are_refused(capsys):

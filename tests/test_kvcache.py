@@ -230,9 +230,13 @@ def test_no_gradient_and_no_graph_behind_the_cache():
     arguments = small()
     for name in ("q", "k", "v", "k_cache"):
         arguments[name].requires_grad_()
+    version = arguments["v_cache"]._version
     out = flash_attn_with_kvcache(**arguments)
     assert not out.requires_grad
     assert arguments["k_cache"].is_leaf
+    assert arguments["v_cache"]._version > version  # what was saved for a backward is known to be overwritten
+    names = ("q", "k_cache", "v_cache", "k", "v")
+    assert not OP(*(arguments[name] for name in names), cache_seqlens=arguments["cache_seqlens"])[0].requires_grad
     with torch.inference_mode():
         assert torch.equal(flash_attn_with_kvcache(**small()), out)
 

@@ -6,8 +6,10 @@ B batch, S length, H and Hk query and key heads, D head_dim.
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +71,19 @@ class Block(nn.Module):
         self.narrow = nn.Linear(4 * shape.width, shape.width, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        qkv = self.to_qkv(self.norm_attention(x)).split(self.widths, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        q, k, v = self.qkv(x)
         if rotation is not None:
             q, k = rotated(q, *rotation), rotated(k, *rotation)
-        x = x + self.from_heads(self.attend(q, k, v).flatten(2))
+        return self.after(x, self.attend(q, k, v))
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v of x, before any rotation."""
+        parts = self.to_qkv(self.norm_attention(x)).split(self.widths, dim=-1)
+        return tuple(part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's result, of its argument and of what attention gave."""
+        x = x + self.from_heads(attended.flatten(2))
         added: Tensor = self.narrow(nn.functional.gelu(self.widen(self.norm_mlp(x))))
         return x + added
 
@@ -132,6 +142,28 @@ def next_byte_loss(model: GPT, text: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
 
 
+def save(model: GPT, path: Path) -> None:
+    torch.save({"shape": asdict(model.shape), "weights": model.state_dict()}, path)
+
+
+def load(path: Path, attend: Attention, device: torch.device | str = "cpu") -> GPT:
+    """What `save` wrote. Raises ValueError for another file."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        model = GPT(Shape(**saved["shape"]), attend).to(device)
+        model.load_state_dict(saved["weights"])
+    except (pickle.UnpicklingError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is no model that tools.train_gpt saved: {error}") from error
+    return model
+
+
+def next_byte(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """Drawn from logits (256,); temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits.cpu() / temperature).softmax(-1), 1, generator=generator))
+
+
 @torch.no_grad()
 def sample(model: GPT, prompt: bytes, length: int, temperature: float, seed: int) -> str:
     """The prompt and `length` bytes after it; temperature 0 takes the likeliest byte each time.
@@ -143,10 +175,5 @@ def sample(model: GPT, prompt: bytes, length: int, temperature: float, seed: int
     written = list(prompt)
     for _ in range(length):
         text = torch.tensor([written[-model.shape.block_size :]], device=device)
-        logits = model(text)[0, -1].cpu()
-        if temperature == 0:
-            written.append(int(logits.argmax()))
-        else:
-            probabilities = (logits / temperature).softmax(-1)
-            written.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        written.append(next_byte(model(text)[0, -1], temperature, generator))
     return bytes(written).decode(errors="replace")

@@ -2,7 +2,7 @@
 
     python -m tools.train_gpt                                       # compiled_fa, SDPA, explicit softmax; README.md
     python -m tools.train_gpt --text book.txt --plot losses.png
-    python -m tools.train_gpt --text book.txt --attention compiled_fa --steps 2000 --positions rotary --kv-heads 2
+    python -m tools.train_gpt --text book.txt --attention compiled_fa --steps 2000 --positions rotary --save gpt.pt
 
 Model and loss are one graph: torch.compile(fullgraph=True). Every attention starts from the same weights and reads the
 same bytes in the same order, so that its losses may differ from the others' by float noise only; exit status 1 if
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.byte_gpt import ATTENTIONS, GPT, Shape, next_byte_loss, sample
+from tools.byte_gpt import ATTENTIONS, GPT, Shape, next_byte_loss, sample, save
 
 BAR_WIDTH = 40  # characters
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -140,6 +140,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     add("--sample", type=int, default=200, metavar="BYTES", help="how much to write in the end (default: 200)")
     add("--temperature", type=float, default=0.8)
     add("--plot", type=Path, metavar="FILE", help="draw the loss curves into this image")
+    add("--save", type=Path, metavar="FILE", help="save the model of the attention named first, for tools.generate")
     add("--device", default="cpu")
     add("--no-compile", action="store_true", help="train without torch.compile")
     return parser, parser.parse_args(argv)
@@ -189,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     within = agree(runs) if len(runs) > 1 else True
     if figure_class is not None:
         plot(runs, options.plot, figure_class)
+    if options.save:
+        save(runs[names[0]].model, options.save)
     if options.sample:
         print(f"\nwritten by the model trained with {names[0]}:\n")
         print(sample(runs[names[0]].model, options.prompt.encode(), options.sample, options.temperature, options.seed))

@@ -2,12 +2,14 @@
 
 from torch.nn.attention import SDPBackend
 
-from . import flex, installed, naive, ours, ragged, sdpa
+from . import cache, flex, installed, naive, ours, ragged, sdpa
 from .base import Peer, Prepared
 
 PEERS: dict[str, Peer] = {
     "ours": ours.OURS,
     "ours dense": ours.OURS_DENSE,
+    "ours cache": cache.CACHE,
+    "ours append": cache.APPEND,
     "naive": naive.NAIVE,
     "SDPA": sdpa.SDPA,
     "SDPA flash": sdpa.on_backend(SDPBackend.FLASH_ATTENTION),

@@ -5,6 +5,7 @@ A split is some runs, each of rows that lie side by side: one run, or the pages 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,6 +68,19 @@ class Rows(NamedTuple):
         return self.tensor.as_strided((*shape, slices, width), (*strides, width, 1))
 
 
+class Pages(NamedTuple):
+    """size: keys of a page; None: each sequence's keys lie in one piece. table_width: pages in a row of the table."""
+
+    size: int | None
+    table_width: int
+
+    def located(self, sequence: Tensor, kv_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """SplitPlan's place and offset of keys of sequences."""
+        if self.size is None:
+            return sequence.expand(kv_idx.shape), kv_idx
+        return sequence * self.table_width + kv_idx // self.size, kv_idx % self.size
+
+
 class SplitPlan(NamedTuple):
     """Spans in splits, wherever those lie: whole ones, then last ones, (x + b, runs)."""
 
@@ -94,28 +108,45 @@ def sizes(longest: int, page_size: int | None) -> tuple[int, int]:
     return split // run * run, run
 
 
-def split_plan(spans: Spans, first: int, split: int, run: int, page_size: int | None, max_num_blocks: int) -> SplitPlan:
-    """first: which is the first of these sequences. max_num_blocks: in a row of the block table."""
-    start, stop = torch.tensor(spans, device="cpu").T
-    splits = ((stop - start + split - 1) // split - 1).clamp(min=0)
+class WholeSplits(NamedTuple):
+    """What splits of some sequences have that does not change while only their last ones grow."""
+
+    place: Tensor  # of whole splits, (x, runs), and as in SplitPlan
+    offset: Tensor
+    batch_idx: Tensor
+    kv_start: Tensor
+    first_split: Tensor
+    num_splits: Tensor
+    split_idx: Tensor
+    last_batch_idx: Tensor
+    last_kv_start: Tensor
+    last_start: Tensor
+    runs: Tensor  # of a split, where each begins
+    exist: bool  # whole splits; else there is one of nobody, so that no table is empty
+
+
+def divided(span: tuple[int, int], split: int) -> tuple[int, int]:
+    """A span's whole splits before its last one, and the keys of that one."""
+    keys = max(0, span[1] - span[0])
+    whole = max(0, -(-keys // split) - 1)
+    return whole, keys - whole * split
+
+
+def whole_splits(
+    starts: Sequence[int], counts: Sequence[int], first: int, split: int, run: int, pages: Pages
+) -> WholeSplits:
+    """starts: where each sequence's splits begin. counts: its whole ones. first: the first of these sequences."""
+    start, splits = torch.tensor([starts, counts], device="cpu")
     before = splits.cumsum(0) - splits
-    everyone = torch.arange(len(spans), device="cpu")
-    any_whole = bool((splits > 0).any())
-    # There is always a split, though no sequence may have it, so that no table is empty.
-    batch_idx = everyone.repeat_interleave(splits) if any_whole else everyone[:1]
+    everyone = torch.arange(len(starts), device="cpu")
+    exist = any(counts)
+    batch_idx = everyone.repeat_interleave(splits) if exist else everyone[:1]
     kv_start = start[batch_idx] + (torch.arange(len(batch_idx), device="cpu") - before[batch_idx]) * split
-    last = start + splits * split
-    length = (stop - last).clamp(min=0)
     runs = torch.arange(0, split, run, device="cpu")
-    # Beyond the last key, the last run that has one, once more.
-    last_runs = torch.minimum(runs, (length - 1).clamp(min=0)[:, None] // run * run)
-    whole_runs = runs if any_whole else torch.zeros_like(runs)
-    kv_idx = torch.cat([kv_start[:, None] + whole_runs, last[:, None] + last_runs])
-    place = (first + torch.cat([batch_idx, everyone])[:, None]).expand(kv_idx.shape)
-    exists = torch.cat([torch.full_like(batch_idx, any_whole, dtype=torch.bool), length > 0])
-    return SplitPlan(
-        place * max_num_blocks + kv_idx // page_size if page_size else place.contiguous(),
-        kv_idx % page_size if page_size else kv_idx,
+    kv_idx = kv_start[:, None] + (runs if exist else torch.zeros_like(runs))
+    last = start + splits * split
+    return WholeSplits(
+        *pages.located((first + batch_idx)[:, None], kv_idx),
         first + batch_idx,
         kv_start,
         before,
@@ -124,9 +155,21 @@ def split_plan(spans: Spans, first: int, split: int, run: int, page_size: int | 
         first + everyone,
         last,
         torch.zeros_like(last),
-        length,
-        None if bool(exists.all()) else exists[:, None],
+        runs,
+        exist,
     )
+
+
+def split_plan(whole: WholeSplits, last_lengths: Sequence[int], run: int, pages: Pages) -> SplitPlan:
+    """With so many keys in the last split of every sequence."""
+    length = torch.tensor(last_lengths, device="cpu")
+    # Beyond the last key, the last run that has one, once more.
+    runs = torch.minimum(whole.runs, (length - 1).clamp(min=0)[:, None] // run * run)
+    place, offset = pages.located(whole.last_batch_idx[:, None], whole.last_kv_start[:, None] + runs)
+    exists = None
+    if not (whole.exist and all(last_lengths)):
+        exists = torch.cat([torch.full_like(whole.batch_idx, whole.exist, dtype=torch.bool), length > 0])[:, None]
+    return SplitPlan(torch.cat([whole.place, place]), torch.cat([whole.offset, offset]), *whole[2:-2], length, exists)
 
 
 def located(packed: Packed | None, k: Rows, run: int, plan: SplitPlan) -> SplitTable:
