@@ -6,7 +6,6 @@ python -m tools.flash_attn_names --write      put them there
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +41,7 @@ def names_table() -> list[str]:
     """A row for the names of a module of which the same is to be said."""
     rows = [_row("module", "names", "state", "what is to be known"), _row(*["---"] * 4)]
     for module in modules():
-        said: dict[tuple[str, str], list[str]] = {}
+        said: dict[tuple[compat.Verdict, str], list[str]] = {}
         for name in offered(module):
             said.setdefault(compat.of_name(f"{module}.{name}"), []).append(name)
         for name, why in refused.NAMES.get(module, {}).items():
@@ -73,8 +72,8 @@ def with_tables(page: str) -> str:
     """A page, its tables made anew."""
     for name, rows in (("names", names_table()), ("arguments", arguments_table())):
         start = START.format(name)
-        block = "\n".join([start, *rows, END])
-        page = re.sub(rf"{re.escape(start)}.*?{re.escape(END)}", lambda _, block=block: block, page, flags=re.S)
+        before, _, rest = page.partition(start)
+        page = "\n".join([before + start, *rows, END + rest.partition(END)[2]])
     return page
 
 

@@ -2,9 +2,12 @@
 
 from torch import Tensor
 
-from compiled_fa.rotary import apply_rotary_emb
+from compiled_fa.drop_in.refused import names_of as _names_of
+from compiled_fa.rotary import apply_rotary_emb as _apply_rotary_emb
 
 __all__ = ["apply_rotary"]
+
+__getattr__ = _names_of(__name__)
 
 
 def apply_rotary(
@@ -19,6 +22,6 @@ def apply_rotary(
     conjugate: bool = False,
 ) -> Tensor:
     """compiled_fa.rotary.apply_rotary_emb; conjugate: by the opposite angles, which undoes it."""
-    return apply_rotary_emb(
+    return _apply_rotary_emb(
         x, cos, -sin if conjugate else sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen
     )
