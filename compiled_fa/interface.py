@@ -60,7 +60,8 @@ def flash_attn_func(
 
     Returns:
         out (B, Sq, H, Dv); with return_attn_probs (out, softmax_lse, S_dmask): softmax_lse (B, H, Sq), natural log,
-        fp32 (fp64 for fp64 inputs); S_dmask (B, H, Sq, Sk), negative where dropped, or None without dropout.
+        fp32 (fp64 for fp64 inputs); S_dmask (B, H, Sq, Sk), probabilities divided by each row's greatest, negative
+        where dropped, or None without dropout.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.

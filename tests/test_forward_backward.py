@@ -229,11 +229,14 @@ def test_they_are_traced_whole():
         assert torch.allclose(found, wanted, atol=1e-6)
 
 
-BLOCKS = [(32, True, 128), (64, True, 64), (64, False, 128), (128, True, 32), (128, False, 64), (256, True, 64)]
-
-
-@pytest.mark.parametrize(("head_dim", "dropout", "wanted"), BLOCKS)
-def test_block_sizes(head_dim, dropout, wanted):
-    assert private._get_block_size_n(torch.device("cpu"), head_dim, dropout, False) == wanted
-    with pytest.raises(ValueError, match="head_dim must be from 1 to 256"):
-        private._get_block_size_n(None, 300, dropout, False)
+def test_blocks_of_what_is_dropped():
+    """A caller who takes a row's greatest score, of its blocks, for what its probabilities are divided by."""
+    q, k, v = torch.randn(3, 1, 9, 2, 8).unbind(0)
+    out, lse, found, _ = private._flash_attn_forward(q, k, v, 0.3, None, False, -1, -1, 0.0, None, True)
+    (scores,) = torch.einsum("bqhd,bkhd->bhqk", q * 8**-0.5, k).split(
+        private._get_block_size_n(q.device, 8, True, False), dim=-1
+    )
+    probabilities = found.abs() * torch.exp(scores.amax(-1) - lse)[..., None]
+    assert torch.allclose(probabilities, torch.softmax(scores, -1), atol=1e-6)
+    kept = torch.where(found > 0, probabilities, 0.0) / 0.7
+    assert torch.allclose(torch.einsum("bhqk,bkhd->bqhd", kept, v), out, atol=1e-5)

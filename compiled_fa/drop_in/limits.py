@@ -73,7 +73,7 @@ NAMES = {
     "flash_attn.models.gpt.GPTLMHeadModel": "the same; it does not generate, and does not load checkpoints of others",
     "flash_attn.modules.mha.CrossAttention": "with a mask of keys, rows of scores are in memory",
     "flash_attn.modules.mha.SelfAttention": "with a mask of keys, rows of scores are in memory",
-    "flash_attn.flash_attn_interface._get_block_size_n": "an A100's; nothing here comes in blocks of that size",
+    "flash_attn.flash_attn_interface._get_block_size_n": "2^30: here a row of S_dmask is one block",
     "flash_attn.flash_attn_interface.flash_attn_gpu": "generator must be None",
     "flash_attn.flash_attn_interface.flash_attn_cuda": "generator must be None",
     "flash_attn.bert_padding.unpad_input": "five results; four with profile 2.6.3",
