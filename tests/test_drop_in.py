@@ -343,6 +343,18 @@ def test_apply_rotary_turns_in_place_and_its_conjugate_turns_back(installed):
     assert torch.equal(given, turned)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_by_the_angles_of_each_token(installed, interleaved):
+    rotary = importlib.import_module("flash_attn.layers.rotary")
+    x, angles = torch.randn(2, 5, 3, 8), torch.rand(2, 5, 4)
+    found = rotary.apply_rotary_emb_torch(x, angles.cos(), angles.sin(), interleaved)
+    both = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
+    cos, sin = both.cos()[:, :, None], both.sin()[:, :, None]
+    assert torch.allclose(found, x * cos + rotary.rotate_half(x, interleaved) * sin, atol=1e-6)
+    plain = rotary.apply_rotary_emb(x[:1], angles[0].cos(), angles[0].sin(), interleaved)
+    assert torch.equal(found[:1], plain)
+
+
 @pytest.mark.parametrize("installed", drop_in.PROFILES, indirect=True)
 def test_the_extension_decodes(installed):
     gpu = named("flash_attn.flash_attn_interface.flash_attn_cuda")

@@ -73,10 +73,7 @@ NAMES: dict[str, dict[str, str]] = {
     "flash_attn.bert_padding": dict.fromkeys(
         ("IndexFirstAxis", "IndexFirstAxisResidual", "IndexPutFirstAxis"), _CLASSES
     ),
-    "flash_attn.layers.rotary": {
-        **dict.fromkeys(("ApplyRotaryEmb", "ApplyRotaryEmbKV_", "ApplyRotaryEmbQKV_"), _CLASSES),
-        **dict.fromkeys(("apply_rotary_emb_torch", "rotate_half"), "use apply_rotary_emb, which is PyTorch ops here"),
-    },
+    "flash_attn.layers.rotary": dict.fromkeys(("ApplyRotaryEmb", "ApplyRotaryEmbKV_", "ApplyRotaryEmbQKV_"), _CLASSES),
     "flash_attn.ops.triton.cross_entropy": {
         "CrossEntropyLoss": _CLASSES,
         **dict.fromkeys(("cross_entropy_bwd_kernel", "cross_entropy_fwd_kernel"), _KERNELS),
