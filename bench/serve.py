@@ -54,15 +54,15 @@ class Workload:
 
     @classmethod
     def of(cls, quick: bool, dtype: torch.dtype, seed: int = 0) -> Workload:
-        """48 requests, of 64 to 1,024 tokens and 32 to 256 more, on 16 rows; on average one every 8 iterations."""
+        """24 requests, of 64 to 768 tokens and 16 to 128 more, on 8 rows; on average one every 8 iterations."""
         drawn, arrival, requests = random.Random(seed), 0.0, []
-        for _ in range(5 if quick else 48):
+        for _ in range(5 if quick else 24):
             arrival += drawn.expovariate(1 / 2 if quick else 1 / 8)
             prompt, output = (3, 20), (2, 6)
             if not quick:
-                prompt, output = (64, 1024), (32, 256)
+                prompt, output = (64, 768), (16, 128)
             requests.append(Request(int(arrival), drawn.randint(*prompt), drawn.randint(*output)))
-        return cls(tuple(requests), 3 if quick else 16, 4 if quick else 64, dtype)
+        return cls(tuple(requests), 3 if quick else 8, 4 if quick else 64, dtype)
 
     @property
     def longest(self) -> int:

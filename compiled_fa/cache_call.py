@@ -10,14 +10,17 @@ B batch, Sq queries, Sn new keys, S rows of a page, H and Hk query and key heads
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from .problem import Cached, Options, Problem
 from .rotation import rotated
+
+PIECES_FROM = 8  # new keys of a row, from which on each piece of a page is copied by itself on a CPU
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,28 @@ class CacheCall:
 
     def append(self) -> None:
         """Write k and v behind what the cache has."""
-        if self.k is None or self.v is None or not self.k.numel() + self.v.numel():
+        if self.k is None or self.v is None or not self.batch * self.seqlen_new:
+            return
+        pairs = (self.k_cache, self.k), (self.v_cache, self.v)
+        if self.q.device.type == "cpu" and (self.batch == 1 or self.seqlen_new >= PIECES_FROM):
+            for row, new, page, at in self._pieces():
+                for cache, values in pairs:
+                    cache[page, at].copy_(values[row, new])
             return
         slots = self.slots()
-        for cache, new in ((self.k_cache, self.k), (self.v_cache, self.v)):
-            cache.index_put_(slots, new)
+        for cache, values in pairs:
+            cache.index_put_(slots, values)
+
+    def _pieces(self) -> Iterator[tuple[int, slice, int, slice]]:
+        """New keys that lie side by side: whose they are, which, their page, and where in it."""
+        for row, before in enumerate(self.host_before):
+            done, place = 0, before
+            while done < self.seqlen_new:
+                column, first = divmod(place, self.page_size)
+                count = min(self.page_size - first, self.seqlen_new - done)
+                page = int(self.table[row, column]) if self.table.shape[1] > 1 else self.host_first_page[row]
+                yield row, slice(done, done + count), page, slice(first, first + count)
+                done, place = done + count, place + count
 
     # Problems
 
@@ -132,7 +152,8 @@ class CacheCall:
         if (alike := self._as_dense(options)) is not None:
             return alike
         lengths = self._host_lengths
-        return self._in_pages(_running_sums(lengths), max(lengths, default=0), options)
+        cu_seqlens_k = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
+        return self._in_pages(cu_seqlens_k, max(lengths, default=0), options)
 
     def unread_problem(self, options: Options) -> Problem:
         """The same, of which the host reads nothing."""
@@ -162,7 +183,7 @@ class CacheCall:
         consecutive = all(other == page + n for n, other in enumerate(pages, 1))
         if not consecutive or any(other != length for other in lengths) or any(other != pad for other in pads):
             return None
-        k, v = (x[page : page + batch, pad : pad + length] for x in (self.k_cache, self.v_cache))
+        k, v = (x.narrow(0, page, batch).narrow(1, pad, length) for x in (self.k_cache, self.v_cache))
         return Problem.of(self.q, k, v, None, *options)
 
     def row(self, number: int) -> CacheCall:
@@ -179,10 +200,3 @@ class CacheCall:
         return CacheCall(
             self.q[some], self.k_cache, self.v_cache, *nothing, lengths, index, of(self.cache_leftpad), table
         )
-
-
-def _running_sums(lengths: Sequence[int]) -> Tensor:
-    sums = [0]
-    for length in lengths:
-        sums.append(sums[-1] + length)
-    return torch.tensor(sums, dtype=torch.int32, device="cpu")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cache_validation, engines
+from . import cache_validation, engines, registration
 from .cache_call import CacheCall
 from .problem import Options, Problem
 
@@ -67,12 +67,6 @@ def _laid_out(problem: Problem, batch: int, out: Tensor, lse: Tensor) -> tuple[T
     return out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
 
 
-# Not by torch.library.custom_op, which goes through the schema, argument by argument, at every call of an op that writes.
-_LIBRARY = torch.library.Library("compiled_fa", "FRAGMENT")
-_LIBRARY.define(NAME + SCHEMA, tags=(torch.Tag.needs_exact_strides,))  # engines read the cache where it lies
-
-
-@torch.library.impl(_LIBRARY, NAME, "CompositeExplicitAutograd")
 @torch.no_grad()
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, options, how = _checked(arguments)
@@ -105,6 +99,5 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _empty(call)
 
 
-_LIBRARY.impl(NAME, torch.library.fallthrough_kernel, "Autograd")  # forward only
-torch.library.register_fake(f"compiled_fa::{NAME}", _fake, lib=_LIBRARY)
-attention_with_kvcache = torch.ops.compiled_fa.attention_with_kvcache.default
+attention_with_kvcache = registration.define(NAME, SCHEMA, _attend, _fake)
+registration.LIBRARY.impl(NAME, torch.library.fallthrough_kernel, "Autograd")  # forward only

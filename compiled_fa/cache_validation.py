@@ -239,8 +239,8 @@ def _rows_fit(call: CacheCall) -> None:
         if call.block_table is not None:
             wanted = f"of enough pages of {call.page_size} for {keys}"
             refuse("block_table", wanted, call.block_table.shape[1], DoesNotFitError)
-        wanted = f"at most {call.capacity - new}, so that {new} new keys fit in k_cache" if new else "k_cache's length"
-        refuse("cache_seqlens", f"{wanted}, {call.capacity}" if not new else wanted, max(before), DoesNotFitError)
+        wanted = f"at most {call.capacity - new}, so that {new} new keys fit in k_cache"
+        refuse("cache_seqlens", wanted if new else f"at most {call.capacity} in k_cache", max(before), DoesNotFitError)
     if call.cache_leftpad is not None:
         for pad, length_of_row in zip(call.host_leftpad, before, strict=True):
             if not 0 <= pad <= length_of_row:

@@ -2,9 +2,9 @@
 
     python examples/paged_decoding.py
 
-A sequence owns pages of 16 tokens, wherever they lie; block_table says which, in order, and flash_attn_varlen_func
-reads them where they are. A sequence that grows takes a free page when its last one is full. Every step is held
-against PyTorch's scaled_dot_product_attention on the same keys in one piece.
+A sequence owns pages of 16 tokens, wherever they lie; block_table says which, in order. flash_attn_with_kvcache writes
+a step's keys and values there, and attends to them where they are. A sequence that grows takes a free page when its
+last one is full. Every step is held against PyTorch's scaled_dot_product_attention on the same keys in one piece.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled_fa import flash_attn_varlen_func
+from compiled_fa import flash_attn_with_kvcache
 
 PAGE, NUM_PAGES = 16, 64
 NHEADS, NHEADS_K, HEAD_DIM = 8, 2, 32
@@ -33,28 +33,21 @@ class PagedCache:
         self.pages: list[list[int]] = [[] for _ in range(sequences)]
         self.lengths = [0] * sequences
 
-    def append(self, sequence: int, k: Tensor, v: Tensor) -> None:
-        """k and v (tokens, heads, head_dim), behind what the sequence has."""
-        for row in range(k.shape[0]):
-            page, place = divmod(self.lengths[sequence], PAGE)
-            if page == len(self.pages[sequence]):
-                self.pages[sequence].append(self.free.pop())
-            at = self.pages[sequence][page]
-            self.k[at, place], self.v[at, place] = k[row], v[row]
-            self.lengths[sequence] += 1
-
-    def block_table(self) -> Tensor:
+    def block_table(self, sequences: list[int]) -> Tensor:
         """int32 (sequences, pages of the longest); what lies behind a sequence's last page is never read."""
-        widest = max(len(pages) for pages in self.pages)
-        return torch.tensor([pages + [0] * (widest - len(pages)) for pages in self.pages], dtype=torch.int32)
+        widest = max(len(self.pages[sequence]) for sequence in sequences)
+        rows = [self.pages[sequence] + [0] * (widest - len(self.pages[sequence])) for sequence in sequences]
+        return torch.tensor(rows, dtype=torch.int32)
 
-    def attend(self, q: Tensor) -> Tensor:
-        """One query of each sequence, (sequences, heads, head_dim), on all its keys."""
-        queries = torch.arange(len(self.lengths) + 1, dtype=torch.int32)
-        keys = torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32)
-        return flash_attn_varlen_func(
-            q, self.k, self.v, queries, keys, 1, max(self.lengths), block_table=self.block_table()
-        )
+    def attend(self, sequences: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """New tokens of these sequences, (sequences, tokens, heads, head_dim), on themselves and all before them."""
+        before = torch.tensor([self.lengths[sequence] for sequence in sequences], dtype=torch.int32)
+        for sequence in sequences:
+            self.lengths[sequence] += q.shape[1]
+            while len(self.pages[sequence]) * PAGE < self.lengths[sequence]:
+                self.pages[sequence].append(self.free.pop())
+        table = self.block_table(sequences)
+        return flash_attn_with_kvcache(q, self.k, self.v, k, v, cache_seqlens=before, block_table=table, causal=True)
 
 
 def in_one_piece(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,19 +58,19 @@ def in_one_piece(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def main() -> int:
     torch.manual_seed(0)
-    cache = PagedCache(len(PROMPTS))
+    cache, everyone = PagedCache(len(PROMPTS)), list(range(len(PROMPTS)))
     history = [torch.randn(2, tokens, NHEADS_K, HEAD_DIM) for tokens in PROMPTS]  # the same k and v, in one piece
-    for sequence, (k, v) in enumerate(history):
-        cache.append(sequence, k, v)
+    for sequence, (k, v) in enumerate(history):  # prefill
+        cache.attend([sequence], torch.randn(1, len(k), NHEADS, HEAD_DIM), k[None], v[None])
     apart = 0.0
     for _ in range(STEPS):
-        for sequence in range(len(PROMPTS)):
-            new = torch.randn(2, 1, NHEADS_K, HEAD_DIM)
-            cache.append(sequence, *new)
-            history[sequence] = torch.cat([history[sequence], new], 1)
-        q = torch.randn(len(PROMPTS), NHEADS, HEAD_DIM)
-        expected = torch.stack([in_one_piece(query, *kv) for query, kv in zip(q, history, strict=True)])
-        apart = max(apart, (cache.attend(q) - expected).abs().max().item())
+        q = torch.randn(len(PROMPTS), 1, NHEADS, HEAD_DIM)
+        k, v = torch.randn(2, len(PROMPTS), 1, NHEADS_K, HEAD_DIM)
+        out = cache.attend(everyone, q, k, v)
+        for sequence in everyone:
+            history[sequence] = torch.cat([history[sequence], torch.stack([k[sequence], v[sequence]])], 1)
+        expected = torch.stack([in_one_piece(query, *kv) for query, kv in zip(q[:, 0], history, strict=True)])
+        apart = max(apart, (out[:, 0] - expected).abs().max().item())
     right = apart <= TOLERANCE
     print(f"{STEPS} steps of {len(PROMPTS)} sequences, now of {cache.lengths} tokens, page by page {cache.pages}")
     print(f"greatest difference from SDPA: {apart:.1e}, allowed {TOLERANCE:.0e}: {'right' if right else 'WRONG'}")

@@ -213,7 +213,7 @@ SIDE = st.one_of(st.just(-1), st.integers(0, 30))
 @st.composite
 def calls(draw: st.DrawFn, /, **wanted: Any) -> Call:
     """wanted: fields of the call that are given."""
-    new, paged = draw(st.sampled_from([-1, 0, 1, 1, 2, 5])), draw(st.booleans())
+    new, paged = draw(st.sampled_from([-1, 0, 1, 1, 2, 5, 11])), draw(st.booleans())
     before = tuple(draw(st.lists(LENGTH, min_size=1, max_size=3)))
     if draw(st.booleans()):
         before = before[:1] * len(before)

@@ -18,7 +18,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # The function that each example is about.
 FUNCTIONS = {
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
-    "paged_decoding": "flash_attn_varlen_func",
+    "paged_decoding": "flash_attn_with_kvcache",
     "train_compiled": "flash_attn_func",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import accumulate
 from typing import Any
 
 import kv
@@ -153,6 +154,18 @@ def test_rows_alike_are_a_dense_problem():
     assert packed(before=(9, 8))
     assert packed(before=(9, 9), leftpad=(2, 1))
     assert packed(before=(9,), page_size=4)
+
+
+def test_lengths_read_or_not_are_the_same():
+    for call in (Call((9, 0, 5), new=2, leftpad=(4, 0, 5)), Call((9, 0, 5), page_size=4)):
+        made = kv.make(call)
+        read, unread = (
+            make(made.options).packed for make in (made.cache_call().problem, made.cache_call().unread_problem)
+        )
+        assert read is not None
+        assert unread is not None
+        assert read.cu_seqlens_k.tolist() == unread.cu_seqlens_k.tolist() == [0, *accumulate(call.lengths)]
+        assert read.max_seqlen_k == max(call.lengths) <= unread.max_seqlen_k
 
 
 # Forms of arguments
@@ -471,7 +484,7 @@ BAD = [
     bad("cache_seqlens must be at least 0, got -4", cache_seqlens=ints(5, -4)),
     bad("cache_seqlens must be at most 9, so that 3 new keys fit in k_cache, got 10", cache_seqlens=ints(5, 10)),
     bad("cache_seqlens must be at most 9, so that 3 new keys fit in k_cache, got 10", RuntimeError, cache_seqlens=10),
-    bad("cache_seqlens must be k_cache's length, 12, got 13", k=None, v=None, cache_seqlens=ints(13, 0)),
+    bad("cache_seqlens must be at most 12 in k_cache, got 13", k=None, v=None, cache_seqlens=ints(13, 0)),
     bad("cache_batch_idx must be of dtype int32, got torch.int64", TypeError, cache_batch_idx=torch.tensor([0, 1])),
     bad("cache_batch_idx must be of q's batch, 2, got 3", cache_batch_idx=ints(0, 1, 1)),
     bad("cache_batch_idx must be rows of k_cache, from 0 to 1, got 0 to 2", cache_batch_idx=ints(0, 2)),
