@@ -1,6 +1,10 @@
 """The flash_attn 2 functions as PyTorch ops: FlashAttention for every machine PyTorch runs on.
 
     interface.py      the six training functions, kvcache.py: inference on a cache; what people call
+    forward_backward.py  flash_attn's private forward and backward, with lse and dropout's state in the open
+    padding.py        padded batches and packed rows; arguments.py: arguments brought into form
+    modules/          flash_attn's layers and GPT; losses/
+    drop_in/          this package as flash_attn; run.py, compat.py: programs and projects that want it
     ops.py            torch.ops.compiled_fa.*, with cache_ops.py: what torch.compile and autograd see
     cache_call.py     a call on a KV cache: where its rows lie, and how they are written
     rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic

@@ -61,3 +61,9 @@ def compiles_steps() -> bool:
 def checks_values() -> bool:
     """Are values checked where the host has to wait for them?"""
     return CHECK.read() == "1"
+
+
+def add_to_python_path(folder: str) -> None:
+    """Let processes that this one starts, or becomes, find modules in a folder."""
+    others = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = folder if not others else os.pathsep.join((folder, others))

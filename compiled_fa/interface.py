@@ -7,21 +7,16 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import engines, ops, seed, validation
+from . import arguments, engines, ops, validation
 from .probabilities import dense_probabilities, varlen_probabilities
-from .problem import Options
 
 # Any is the tuple that return_attn_probs asks for; named, everybody who does not ask for it would have to rule it out.
 Result = Tensor | Any
-
-# Below half the resolution of a keep decision (2**-32) nothing is ever dropped. Some callers pass 1e-30.
-NO_DROPOUT = 2.0**-33
 
 
 def flash_attn_func(
@@ -65,7 +60,8 @@ def flash_attn_func(
 
     Returns:
         out (B, Sq, H, Dv); with return_attn_probs (out, softmax_lse, S_dmask): softmax_lse (B, H, Sq), natural log,
-        fp32 (fp64 for fp64 inputs); S_dmask (B, H, Sq, Sk), negative where dropped, or None without dropout.
+        fp32 (fp64 for fp64 inputs); S_dmask (B, H, Sq, Sk), probabilities divided by each row's greatest, negative
+        where dropped, or None without dropout.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
@@ -76,10 +72,10 @@ def flash_attn_func(
 
     Source: FlashAttention-2 (arXiv 2307.08691); flash_attn.flash_attn_func.
     """
-    _check_tensors(q=q, k=k, v=v)
-    q, k, v = _autocast(q, k, v)
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    options = _seeded(options, ops.check_dense, q, k, v)
+    arguments.check_tensors(q=q, k=k, v=v)
+    q, k, v = arguments.autocast(q, k, v)
+    options = arguments.options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = arguments.seeded(options, ops.check_dense, q, k, v)
     out: Tensor
     lse: Tensor
     out, lse = ops.attention(q, k, v, *options, engines.requested())
@@ -106,7 +102,7 @@ def flash_attn_kvpacked_func(
 
     Source: flash_attn.flash_attn_kvpacked_func.
     """
-    k, v = _unpacked("kv", kv, "batch, seqlen_k, 2, nheads_k, head_dim", 2)
+    k, v = arguments.unpacked("kv", kv, "batch, seqlen_k, 2, nheads_k, head_dim", 2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -129,7 +125,7 @@ def flash_attn_qkvpacked_func(
 
     Source: flash_attn.flash_attn_qkvpacked_func.
     """
-    q, k, v = _unpacked("qkv", qkv, "batch, seqlen, 3, nheads, head_dim", 3)
+    q, k, v = arguments.unpacked("qkv", qkv, "batch, seqlen, 3, nheads, head_dim", 3)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -177,20 +173,20 @@ def flash_attn_varlen_func(
 
     Source: flash_attn.flash_attn_varlen_func.
     """
-    _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    arguments.check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if block_table is not None:
-        _check_tensors(block_table=block_table)
-    q, k, v = _autocast(q, k, v)
+        arguments.check_tensors(block_table=block_table)
+    q, k, v = arguments.autocast(q, k, v)
     paged = block_table is not None
     packing = (
         cu_seqlens_q,
         cu_seqlens_k,
-        _length("max_seqlen_q", max_seqlen_q, q.shape[0]),
-        _length("max_seqlen_k", max_seqlen_k, k.shape[0] * k.shape[1] if paged else k.shape[0]),
+        arguments.length("max_seqlen_q", max_seqlen_q, q.shape[0]),
+        arguments.length("max_seqlen_k", max_seqlen_k, k.shape[0] * k.shape[1] if paged else k.shape[0]),
         block_table,
     )
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    options = _seeded(options, ops.check_packed, q, k, v, *packing)
+    options = arguments.options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = arguments.seeded(options, ops.check_packed, q, k, v, *packing)
     out: Tensor
     lse: Tensor
     out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
@@ -221,7 +217,7 @@ def flash_attn_varlen_kvpacked_func(
 
     Source: flash_attn.flash_attn_varlen_kvpacked_func.
     """
-    k, v = _unpacked("kv", kv, "total_k, 2, nheads_k, head_dim", 2)
+    k, v = arguments.unpacked("kv", kv, "total_k, 2, nheads_k, head_dim", 2)
     return flash_attn_varlen_func(
         q,
         k,
@@ -260,7 +256,7 @@ def flash_attn_varlen_qkvpacked_func(
 
     Source: flash_attn.flash_attn_varlen_qkvpacked_func.
     """
-    q, k, v = _unpacked("qkv", qkv, "total, 3, nheads, head_dim", 3)
+    q, k, v = arguments.unpacked("qkv", qkv, "total, 3, nheads, head_dim", 3)
     return flash_attn_varlen_func(
         q,
         k,
@@ -278,71 +274,3 @@ def flash_attn_varlen_qkvpacked_func(
         deterministic,
         return_attn_probs,
     )
-
-
-def _check_tensors(**tensors: object) -> None:
-    for argument, value in tensors.items():
-        validation.tensor_given(argument, value)
-
-
-def _unpacked(argument: str, packed: Tensor, dims: str, parts: int) -> tuple[Tensor, ...]:
-    """Views of q, k, v out of the packed tensor's third-last dimension."""
-    validation.tensor(argument, packed, dims)
-    if packed.shape[-3] != parts:
-        validation.refuse(argument, f"({dims})", f"shape {tuple(packed.shape)}")
-    return packed.unbind(-3)
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast all three take its dtype, as F.scaled_dot_product_attention's do; fp64 stays."""
-    kind = q.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which has no autocast, and asked for it raises
-        return q, k, v
-    dtype = torch.get_autocast_dtype(kind)
-    q, k, v = (x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in (q, k, v))
-    return q, k, v
-
-
-def _length(argument: str, length: Any, total: int) -> int | torch.SymInt:
-    """A length as an int. To read it off another device would wait for that device, and to read it in compiled code
-    would make it a symbol; the total bounds it as well."""
-    if isinstance(length, Tensor):
-        if length.numel() != 1:
-            validation.refuse(argument, "an int or a tensor of one element", f"shape {tuple(length.shape)}")
-        if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
-            validation.refuse(argument, "an int or a tensor of one integer", length.dtype, TypeError)
-        if length.device.type != "cpu":
-            return total
-    if torch.compiler.is_compiling() and not isinstance(length, (int, torch.SymInt)) and hasattr(length, "tolist"):
-        return total  # NumPy's numbers, too, are tensors there
-    return validation.length(argument, length)
-
-
-def _options(
-    dropout_p: float | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Sequence[int] | Tensor,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-) -> Options:
-    """The ops' options, but for dropout's seed."""
-    left, right = cast("tuple[int, int]", validation.window_size(window_size))  # or symbols of numbers
-    scale = None if softmax_scale is None else validation.number("softmax_scale", softmax_scale)
-    cap = 0.0 if softcap is None else validation.number("softcap", softcap)
-    dropout_p = 0.0 if dropout_p is None else validation.number("dropout_p", dropout_p)
-    validation.dropout_probability(dropout_p)
-    if alibi_slopes is not None:
-        _check_tensors(alibi_slopes=alibi_slopes)
-    if dropout_p < NO_DROPOUT:
-        dropout_p = 0.0
-    return Options(scale, validation.flag("causal", causal), left, right, cap, alibi_slopes, dropout_p)
-
-
-def _seeded(options: Options, check: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, *packing: Any) -> Options:
-    """With a seed from the device's generator, where there is dropout; a call that is refused draws none."""
-    if not options.dropout_p:
-        return options
-    if not torch.compiler.is_compiling():
-        check(q, k, v, *packing, *options._replace(dropout_p=0.0))
-    return options._replace(dropout_seed=seed.drawn(q, k, v))

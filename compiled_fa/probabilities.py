@@ -1,4 +1,8 @@
-"""The attention probabilities as one tensor, for return_attn_probs: Sq · Sk memory, meant for tests and pictures."""
+"""The attention probabilities as one tensor, for return_attn_probs: Sq · Sk memory, meant for tests and pictures.
+
+Each row is divided by its greatest: exp(score - greatest score of the row). So flash_attn has it, whose kernels know no
+more of a row when they write it, with the greatest so far of a row's blocks; here a row is one block.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ def _indices(seqlen: int, device: torch.device) -> Tensor:
 
 
 def _probabilities(problem: Problem, lse: Tensor, seqlen_q: int | Tensor, seqlen_k: int | Tensor) -> Tensor:
-    """(B, H, Sq, Sk) in q's dtype, from dense q and k: softmax probabilities, negative where dropout drops them."""
+    """(B, H, Sq, Sk) in q's dtype, from dense q and k: each row's greatest is 1; negative where dropout drops them."""
     q, k = problem.q, problem.k
     program = problem.program(seqlen_q, seqlen_k)
     at = (
@@ -28,6 +32,8 @@ def _probabilities(problem: Problem, lse: Tensor, seqlen_q: int | Tensor, seqlen
     product = torch.einsum("bqhd,bkhd->bhqk", q.to(lse.dtype), keys.to(lse.dtype))
     probs = torch.exp(program.score(product, *at) - lse[..., None])
     probs = torch.where(program.mask(*at), probs, 0.0)
+    if k.shape[1]:
+        probs = probs / probs.amax(-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)  # rows without a key: 0
     return torch.where(program.keep(*at), probs, -probs).to(q.dtype)
 
 

@@ -26,11 +26,15 @@ LAYERS = [
     {"engines"},
     {"batching", "tangent"},
     {"ops", "probabilities", "cache_ops"},
-    {"interface"},
+    {"arguments", "padding"},
+    {"interface", "forward_backward"},
     {"kvcache"},
+    {"modules"},
+    {"losses"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
-    {"check"},
+    {"drop_in"},
+    {"check", "compat", "run"},
     {"__main__"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,83 @@
+"""flash_attn's arguments in the form that the ops take: numbers, lengths, windows, dtypes under autocast, a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import seed, validation
+from .problem import Options
+
+# Below half the resolution of a keep decision (2**-32) nothing is ever dropped. Some callers pass 1e-30.
+NO_DROPOUT = 2.0**-33
+
+
+def check_tensors(**tensors: object) -> None:
+    for argument, value in tensors.items():
+        validation.tensor_given(argument, value)
+
+
+def unpacked(argument: str, packed: Tensor, dims: str, parts: int) -> tuple[Tensor, ...]:
+    """Views of q, k, v out of the packed tensor's third-last dimension."""
+    validation.tensor(argument, packed, dims)
+    if packed.shape[-3] != parts:
+        validation.refuse(argument, f"({dims})", f"shape {tuple(packed.shape)}")
+    return packed.unbind(-3)
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast all three take its dtype, as F.scaled_dot_product_attention's do; fp64 stays."""
+    kind = q.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which has no autocast, and asked for it raises
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    q, k, v = (x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in (q, k, v))
+    return q, k, v
+
+
+def length(argument: str, length: Any, total: int) -> int | torch.SymInt:
+    """A length as an int. To read it off another device would wait for that device, and to read it in compiled code
+    would make it a symbol; the total bounds it as well."""
+    if isinstance(length, Tensor):
+        if length.numel() != 1:
+            validation.refuse(argument, "an int or a tensor of one element", f"shape {tuple(length.shape)}")
+        if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
+            validation.refuse(argument, "an int or a tensor of one integer", length.dtype, TypeError)
+        if length.device.type != "cpu":
+            return total
+    if torch.compiler.is_compiling() and not isinstance(length, (int, torch.SymInt)) and hasattr(length, "tolist"):
+        return total  # NumPy's numbers, too, are tensors there
+    return validation.length(argument, length)
+
+
+def options(
+    dropout_p: float | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int] | Tensor,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> Options:
+    """The ops' options, but for dropout's seed."""
+    left, right = cast("tuple[int, int]", validation.window_size(window_size))  # or symbols of numbers
+    scale = None if softmax_scale is None else validation.number("softmax_scale", softmax_scale)
+    cap = 0.0 if softcap is None else validation.number("softcap", softcap)
+    dropout_p = 0.0 if dropout_p is None else validation.number("dropout_p", dropout_p)
+    validation.dropout_probability(dropout_p)
+    if alibi_slopes is not None:
+        check_tensors(alibi_slopes=alibi_slopes)
+    if dropout_p < NO_DROPOUT:
+        dropout_p = 0.0
+    return Options(scale, validation.flag("causal", causal), left, right, cap, alibi_slopes, dropout_p)
+
+
+def seeded(options: Options, check: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, *packing: Any) -> Options:
+    """With a seed from the device's generator, where there is dropout; a call that is refused draws none."""
+    if not options.dropout_p:
+        return options
+    if not torch.compiler.is_compiling():
+        check(q, k, v, *packing, *options._replace(dropout_p=0.0))
+    return options._replace(dropout_seed=seed.drawn(q, k, v))

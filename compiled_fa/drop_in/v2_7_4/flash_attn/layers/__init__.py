@@ -1,0 +1,3 @@
+"""Rotary embedding."""
+
+__all__: list[str] = []

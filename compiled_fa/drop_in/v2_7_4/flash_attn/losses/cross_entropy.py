@@ -1,0 +1,13 @@
+"""Cross entropy as a module."""
+
+from compiled_fa.drop_in.refused import names_of as _names_of
+from compiled_fa.losses import (
+    CrossEntropyLoss,
+)
+from compiled_fa.modules.fused import (
+    cross_entropy_loss,
+)
+
+__all__ = ["CrossEntropyLoss", "cross_entropy_loss"]
+
+__getattr__ = _names_of(__name__)

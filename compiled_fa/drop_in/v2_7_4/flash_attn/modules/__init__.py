@@ -1,0 +1,3 @@
+"""Layers."""
+
+__all__: list[str] = []

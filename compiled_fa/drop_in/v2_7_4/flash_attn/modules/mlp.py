@@ -1,0 +1,12 @@
+"""MLPs."""
+
+from compiled_fa.drop_in.refused import names_of as _names_of
+from compiled_fa.modules.mlp import (
+    FusedMLP,
+    GatedMlp,
+    Mlp,
+)
+
+__all__ = ["FusedMLP", "GatedMlp", "Mlp"]
+
+__getattr__ = _names_of(__name__)

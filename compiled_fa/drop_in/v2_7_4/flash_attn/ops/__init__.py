@@ -1,0 +1,3 @@
+"""Operators: PyTorch ops, which torch.compile fuses."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Operators that flash_attn writes in Triton. Here they are PyTorch ops."""
+
+__all__: list[str] = []

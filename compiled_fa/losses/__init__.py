@@ -1,0 +1,5 @@
+"""Losses, as modules."""
+
+from .cross_entropy import CrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss"]

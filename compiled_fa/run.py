@@ -1,0 +1,68 @@
+"""python -m compiled_fa.run: a program whose flash_attn is this package, and all processes that it starts.
+
+    python -m compiled_fa.run script.py args...
+    python -m compiled_fa.run -m module args...
+
+is `python script.py args...` with a folder in PYTHONPATH, in which flash_attn lies: so child and spawned processes find
+it too, whatever starts them, unless they are told to ignore PYTHONPATH (python -E, -I).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from . import config
+from .drop_in import present
+
+
+def command(arguments: Sequence[str]) -> list[str]:
+    """python's own command line for a program and its arguments, with this interpreter's options."""
+    own = sys.orig_argv[1:]
+    options = own[: own.index("-m")] if "-m" in own else []
+    return [sys.executable, *options, *arguments]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Does not return where a process can become another program (not on Windows)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m compiled_fa.run",
+        usage="%(prog)s [-h] [--profile {2.7.4,2.6.3}] (script.py | -m module) [args ...]",
+        description="Run a program whose flash_attn is this package; in all processes that it starts, too.",
+    )
+    parser.add_argument("--profile", choices=present.PROFILES, default=present.PROFILES[0], help="the version it sees")
+    parser.add_argument("-m", dest="module", help="a module to run, as python -m does")
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="a script, and the program's arguments")
+    given = sys.argv[1:] if arguments is None else arguments
+    # argparse would look for its own options behind the module's name.
+    split = given.index("-m") + 2 if "-m" in given and _options_only(given[: given.index("-m")]) else len(given)
+    asked = parser.parse_args(given[:split])
+    program = ["-m", asked.module, *given[split:]] if asked.module else asked.program
+    if not program:
+        parser.error("a script or -m module is wanted")
+    found = present.on_path()
+    if found is not None and not found.ours:
+        print(f"compiled_fa.run: there is a real {found}: uninstall it, or run the program without us", file=sys.stderr)
+        return 1
+    if sys.flags.ignore_environment:
+        print("compiled_fa.run: this python ignores PYTHONPATH, by which flash_attn is found (-E, -I)", file=sys.stderr)
+        return 1
+    config.add_to_python_path(str(present.folder(asked.profile)))
+    line = command(program)
+    sys.stdout.flush()
+    if os.name != "nt":  # where exec makes a new process, and its parent ends
+        os.execv(line[0], line)
+    return subprocess.run(line, check=False).returncode
+
+
+def _options_only(arguments: Sequence[str]) -> bool:
+    """Is there no script among them?"""
+    values = [at + 1 for at, argument in enumerate(arguments) if argument == "--profile"]
+    return all(argument.startswith("-") or at in values for at, argument in enumerate(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
