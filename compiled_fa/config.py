@@ -38,8 +38,8 @@ COMPILE = Variable("COMPILED_FA_COMPILE", ("1", "0"), "0: engines on a CPU run t
 CHECK = Variable("COMPILED_FA_CHECK", ("0", "1"), "1: values of cu_seqlens and block_table are checked on a GPU, too")
 TUNING = Variable(
     "COMPILED_FA_TUNING",
-    ("auto", *CPU_CLASSES),
-    "the class of CPU whose table of tuned numbers is in force, or a file",
+    ("auto", *CPU_CLASSES, "gpu"),
+    "the class of CPU whose table of tuned numbers is in force on a CPU, that of GPUs, or a file",
     True,
 )
 

@@ -16,6 +16,7 @@ from compiled_fa import config, tuning
 from compiled_fa.engines import select
 from compiled_fa.engines.sdpa_cpu import kernel
 from compiled_fa.tuning import classes, cpu, files
+from compiled_fa.tuning.gpu_tiles import GPU
 
 
 @pytest.fixture
@@ -71,6 +72,18 @@ def test_the_environment_chooses(monkeypatch, unread):
     monkeypatch.setattr(tuning, "_current", None)
     monkeypatch.setenv("COMPILED_FA_TUNING", "auto")
     assert tuning.current().name == classes.cpu_class()
+
+
+def test_every_device_but_the_cpu_has_the_table_of_gpus(monkeypatch, unread):
+    for device in ("cpu", "meta"):
+        assert tuning.on(torch.device(device)) is tuning.current()
+    for device in ("cuda", "xpu", "mps"):
+        assert tuning.on(torch.device(device)) is GPU
+    monkeypatch.setattr(tuning, "_current", None)
+    monkeypatch.setenv("COMPILED_FA_TUNING", GPU.name)
+    assert tuning.on(torch.device("cpu")) is GPU
+    assert tuning.described().startswith("gpu, on a CPU of class ")
+    assert all(table.tiled.memory_parts == 0 for table in cpu.TABLES.values())
 
 
 def test_described_says_what_was_measured_where(monkeypatch):
@@ -198,8 +211,8 @@ def changed(part, field, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.update(version=0), "must be of version 1, got version 0"),
-        (lambda table: table.pop("version"), "must be of version 1, got version None"),
+        (lambda table: table.update(version=0), "must be of version 2, got version 0"),
+        (lambda table: table.pop("version"), "must be of version 2, got version None"),
         (lambda table: table.pop("tiled"), "must be a table with tiled, got none"),
         (lambda table: table.update(gpu={}), "must be a table without other fields, got gpu"),
         (lambda table: table.update(name=7), "must be a string as name, got 7"),

@@ -1,6 +1,6 @@
 """Tables in files: what COMPILED_FA_TUNING reads.
 
-    {"version": 1, "name": "...", "sdpa_cpu": {"measured_on": "...", "few_queries": 4, ...}, "split_kv": {...}, ...}
+    {"version": 2, "name": "...", "sdpa_cpu": {"measured_on": "...", "few_queries": 4, ...}, "split_kv": {...}, ...}
 
 Every field of form.py, no other. JSON, with NEVER written as null.
 """
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from .form import NEVER, SdpaCpu, SplitKV, Tiled, Tuning
 
-VERSION = 1  # of the form: to be raised when a field is added, removed, or means something else
+VERSION = 2  # of the form: to be raised when a field is added, removed, or means something else
 
 PARTS: dict[str, type[SdpaCpu] | type[SplitKV] | type[Tiled]] = {
     "sdpa_cpu": SdpaCpu,

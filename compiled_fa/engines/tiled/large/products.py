@@ -1,0 +1,48 @@
+"""Matrix products whose result is of a larger dtype than their operands.
+
+Scores of fp16 operands are products in fp32: rounded to fp16 they could overflow. PyTorch has such products where
+baddbmm's out_dtype is implemented, on CUDA; elsewhere operands are copied in fp32, once a call. So are those in bf16 on
+CUDA devices before compute capability 8.0, which multiply no bf16, and emulate it more slowly than fp32 is.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Has PyTorch products in fp32 of operands in this dtype, on this device?"""
+    if device.type not in ("cuda", "xpu"):
+        return False
+    if (
+        dtype == torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        return False
+    a, total = torch.ones(1, 8, 8, dtype=dtype, device=device), torch.zeros(1, 8, 8, device=device)
+    try:
+        add(total, a, a)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def dtype(inputs: Tensor, arithmetic: torch.dtype) -> torch.dtype:
+    """Of the products' operands; arithmetic: of their results."""
+    return inputs.dtype if inputs.dtype == arithmetic or widens(inputs.device, inputs.dtype) else arithmetic
+
+
+def add(total: Tensor, a: Tensor, b: Tensor, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """total = beta * total + alpha * a b, batch by batch, in one launch; a total of beta 0 may hold anything."""
+    if a.dtype != total.dtype:
+        return _widening(total, a, b, beta, alpha)
+    return torch.baddbmm(total, a, b, beta=beta, alpha=alpha, out=total)
+
+
+def _widening(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    return torch.baddbmm(total, a, b, total.dtype, beta=beta, alpha=alpha, out=total)
