@@ -6,10 +6,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from compiled_fa import use_engine
 
 from . import table
 from .peers import PEERS
@@ -17,13 +20,13 @@ from .processes import first_use_records, memory_records
 from .progress import Progress
 from .race import race
 from .records import ROOT, Writer, circumstances, described, of_outcome
-from .suites import RACES, Entry, memory
+from .suites import ENGINES, RACES, Entry, memory
 
 SUITES = (*RACES, "memory", "compile")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
-published (the shapes of flash-attention's README, for a GPU), memory (peaks, each in a process of its own), compile
-(first use in a new process, cache cold and warm).
+published (the shapes of flash-attention's README, for a GPU), tiles (the tiled engine, for a GPU without a fused kernel),
+memory (peaks, each in a process of its own), compile (first use in a new process, cache cold and warm).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 
 
@@ -76,7 +79,8 @@ def _race_suite(name: str, options: argparse.Namespace, device: torch.device) ->
         def tick(done: float, number: int = number, label: str = label) -> None:
             progress.show(number + done, label)
 
-        outcomes = race(entry.case, direction, entry.peers, device, options.seconds, rounds, tick)
+        with use_engine(ENGINES[name]) if name in ENGINES else nullcontext():
+            outcomes = race(entry.case, direction, entry.peers, device, options.seconds, rounds, tick)
         records = [described(entry.case, direction) | of_outcome(outcome) for outcome in outcomes]
         progress.clear()
         print(table.row([record for record in records if record["peer"] in able]), flush=True)

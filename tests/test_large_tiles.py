@@ -13,7 +13,7 @@ from tuned import retune
 
 from compiled_fa import messages
 from compiled_fa.engines import tiled
-from compiled_fa.engines.tiled.large import budget, groups
+from compiled_fa.engines.tiled.large import budget, groups, products
 from compiled_fa.engines.tiled.large.call import Call
 from compiled_fa.problem import Packed, Problem
 
@@ -68,6 +68,17 @@ def test_agrees_with_float64_in_any_budget(dense, drawn):
     data = make(drawn.draw(cases(dense)))
     with large_tiles(drawn.draw(st.sampled_from([1 << 12, 1 << 15, MB])), drawn.draw(st.booleans())):
         check_against_float64(data, run_engine(tiled, data, tiles=data.case.tiles))
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "varlen"])
+def test_on_devices_whose_products_are_not_written_in_place(monkeypatch, dense):
+    monkeypatch.setattr(products, "IN_PLACE", ())
+    lengths = ((150, 170),) * 2 if dense else ((150, 170), (0, 4), (5, 0), (160, 140), (1, 1))
+    for dtype in (torch.float32, torch.float16):
+        data = make(Case(lengths, dense, dtype=dtype, heads_per_key=2, causal=True))
+        for tiles in (None, tiled.TileSizes(32, 48, 3)):
+            with large_tiles(widens=False):
+                check_against_float64(data, run_engine(tiled, data, tiles=tiles))
 
 
 def test_scores_of_fp16_do_not_overflow():

@@ -84,10 +84,10 @@ class _Chunk:
             for queries in parts:
                 these = slice(queries[0] * heads, queries[1] * heads)
                 probs, dscores = self._tile(queries, (k_start, k_stop), full, these)
-                beta = 0.0 if queries is parts[0] else 1.0
-                products.add(dv_sum, probs.mT, self._dout[:, these], beta)  # line 12: dV += Pᵀ dO
-                products.add(dk_sum, dscores.mT, self._q[:, these], beta)  # line 16: dK += dSᵀ Q
-                products.add(dq_sum[:, these], dscores, self._k[:, keys], float(begun))  # line 15: dQ += dS K
+                more = queries is not parts[0]
+                products.add(dv_sum, probs.mT, self._dout[:, these], more)  # line 12: dV += Pᵀ dO
+                products.add(dk_sum, dscores.mT, self._q[:, these], more)  # line 16: dK += dSᵀ Q
+                products.add(dq_sum[:, these], dscores, self._k[:, keys], begun)  # line 15: dQ += dS K
                 del probs, dscores  # the next tile's are as large
             begun = True
             if not parts:

@@ -12,6 +12,10 @@ import functools
 import torch
 from torch import Tensor
 
+# Devices whose products can be written to rows that lie apart, over memory that holds anything, NaN too. Others have a
+# product of its own, and then a copy of it.
+IN_PLACE = ("cpu", "cuda", "xpu")
+
 
 @functools.cache
 def widens(device: torch.device, dtype: torch.dtype) -> bool:
@@ -37,11 +41,15 @@ def dtype(inputs: Tensor, arithmetic: torch.dtype) -> torch.dtype:
     return inputs.dtype if inputs.dtype == arithmetic or widens(inputs.device, inputs.dtype) else arithmetic
 
 
-def add(total: Tensor, a: Tensor, b: Tensor, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """total = beta * total + alpha * a b, batch by batch, in one launch; a total of beta 0 may hold anything."""
+def add(total: Tensor, a: Tensor, b: Tensor, accumulate: bool = False, alpha: float = 1.0) -> Tensor:
+    """total = alpha * a b, batch by batch, or accumulated into what it holds; one launch where the device is IN_PLACE."""
+    beta = float(accumulate)
     if a.dtype != total.dtype:
         return _widening(total, a, b, beta, alpha)
-    return torch.baddbmm(total, a, b, beta=beta, alpha=alpha, out=total)
+    if total.device.type in IN_PLACE:
+        return torch.baddbmm(total, a, b, beta=beta, alpha=alpha, out=total)
+    product = torch.bmm(a, b)
+    return total.add_(product, alpha=alpha) if accumulate else torch.mul(product, alpha, out=total)
 
 
 def _widening(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:

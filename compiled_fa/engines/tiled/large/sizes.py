@@ -12,6 +12,7 @@ from ....problem import Direction, Problem
 from ....scores import Window
 from ....tuning import Tiled
 from ..tiles import TileSizes, even
+from . import products
 
 LEAST_KEYS = 128  # of a tile that passes over the keys
 HASH = 13  # bytes of an element while dropout decides: three int32, and the decision
@@ -50,6 +51,7 @@ class Bytes:
         featured = wide * (capped or biased)  # the score beside the product
         scoring = 2 * wide * (capped or biased) + wide * (capped and biased)
         masked = 3 if packed and problem.window_in_force != Window() else 0  # offsets differ: a mask for each sequence
+        product = wide * (problem.q.device.type not in products.IN_PLACE)
         rows = seqlen_q * g
         queries, keys, values, outs = rows * head_dim, seqlen_k * head_dim, seqlen_k * head_dim_v, rows * head_dim_v
         # Gathered, and then converted; places, int64, and an int32 on the way, and where to put results.
@@ -58,14 +60,14 @@ class Bytes:
         copies = (queries, keys, values)
         apart = sum(elements for elements, lying in zip(copies, lies, strict=True) if not lying)
         if direction == "forward":
-            a_score = wide + masked + max(scoring, featured + narrow + HASH * dropping)
+            a_score = wide + masked + max(product, scoring, featured + narrow + HASH * dropping)
             held += outs * moved + (3 if packed else 2) * wide * rows
             a_row = (2 * padded(head_dim_v) + 8) * wide
             return cls(a_score, a_row, 0, held + copied * sum(copies), held + copied * apart)
         probabilities = narrow or wide * dropping
         gradient = 4 * wide * capped
         a_score = 2 * wide + masked
-        a_score += max(scoring, featured + probabilities + narrow + max(HASH * dropping, gradient + dropping))
+        a_score += max(product, scoring, featured + probabilities + narrow + max(HASH * dropping, gradient + dropping))
         # delta's terms and out, then dq: never at once. Results on their way back.
         held += max(wide * queries, (wide + moved) * outs) + 8 * wide * rows + moved * (queries + keys + values)
         together, alone = copied * (sum(copies) + outs), copied * (apart + outs * (not lies[0]))
