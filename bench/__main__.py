@@ -25,7 +25,7 @@ from .suites import ENGINES, RACES, Entry, memory
 SUITES = (*RACES, "memory", "compile")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
-published (the shapes of flash-attention's README, for a GPU), tiles (the tiled engine, for a GPU without a fused kernel),
+published (the shapes of flash-attention's README, for a GPU), tiles (the tiled engine, for a GPU without a fused one),
 memory (peaks, each in a process of its own), compile (first use in a new process, cache cold and warm).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 

@@ -206,6 +206,53 @@ def test_a_mask_is_paid_at_its_rims():
     assert banded["logical_not_"] <= 4
 
 
+@pytest.mark.parametrize(
+    ("lengths", "heads_per_key", "heads_first", "copies"),
+    [
+        (((60, 60),), 1, False, 0),
+        (((60, 60),), 4, False, 1),  # q, whose heads that share a key head come to lie side by side
+        (((60, 60),) * 2, 1, False, 3),  # two batches of matrices are no batch
+        (((60, 60),) * 2, 1, True, 0),
+    ],
+)
+def test_only_what_a_product_needs_is_copied(lengths, heads_per_key, heads_first, copies):
+    data = make(Case(lengths, True, nheads_k=2, heads_per_key=heads_per_key))
+    problem = data.problem()
+    if heads_first:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+        problem = Problem.of(q, k, v, None)
+    with large_tiles(), Launches() as counted:
+        tiled.forward(problem)
+    assert counted.by_name["copy_"] == copies
+    assert not any(name in counted.by_name for name in ("clone", "repeat", "repeat_interleave", "_to_copy"))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "kernel", "expected"),
+    [
+        ("cuda", (7, 0), None, True, (True, False)),
+        ("cuda", (6, 0), None, False, (False, False)),
+        ("cuda", (8, 6), None, True, (True, True)),
+        ("cuda", (9, 0), "6.4", True, (True, True)),  # of AMD's numbers nothing is concluded
+        ("mps", None, None, True, (False, False)),
+    ],
+)
+def test_where_products_widen(monkeypatch, device, capability, hip, kernel, expected):
+    """fp16, bf16; PyTorch is asked by one small product."""
+
+    def product(total, a, b, beta, alpha):
+        if not kernel:
+            raise NotImplementedError("there is none")
+
+    monkeypatch.setattr(products, "_widening", product)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for name in ("ones", "zeros"):
+        monkeypatch.setattr(torch, name, lambda *shape, **options: None)
+    asked = products.widens.__wrapped__
+    assert tuple(asked(torch.device(device), dtype) for dtype in (torch.float16, torch.bfloat16)) == expected
+
+
 def test_hidden_tiles_are_not_computed():
     def scores(**options):
         data = make(Case(((1024, 1024),), True, nheads_k=2, **options))

@@ -20,20 +20,21 @@ IN_PLACE = ("cpu", "cuda", "xpu")
 @functools.cache
 def widens(device: torch.device, dtype: torch.dtype) -> bool:
     """Has PyTorch products in fp32 of operands in this dtype, on this device?"""
-    if device.type not in ("cuda", "xpu"):
-        return False
-    if (
-        dtype == torch.bfloat16
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    if device.type not in ("cuda", "xpu") or (dtype == torch.bfloat16 and _emulates_bf16(device)):
         return False
     a, total = torch.ones(1, 8, 8, dtype=dtype, device=device), torch.zeros(1, 8, 8, device=device)
     try:
-        add(total, a, a)
-    except (RuntimeError, NotImplementedError):
+        _widening(total, a, a, 0.0, 1.0)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # it says that there is none
         return False
     return True
+
+
+def _emulates_bf16(device: torch.device) -> bool:
+    on_nvidia = device.type == "cuda" and torch.version.hip is None
+    return on_nvidia and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def dtype(inputs: Tensor, arithmetic: torch.dtype) -> torch.dtype:
@@ -42,7 +43,7 @@ def dtype(inputs: Tensor, arithmetic: torch.dtype) -> torch.dtype:
 
 
 def add(total: Tensor, a: Tensor, b: Tensor, accumulate: bool = False, alpha: float = 1.0) -> Tensor:
-    """total = alpha * a b, batch by batch, or accumulated into what it holds; one launch where the device is IN_PLACE."""
+    """total = alpha * a b, batch by batch, or added to what it holds; one launch on devices that are IN_PLACE."""
     beta = float(accumulate)
     if a.dtype != total.dtype:
         return _widening(total, a, b, beta, alpha)
