@@ -135,7 +135,7 @@ class _Chunk:
 
 def _scaled(total: Tensor, factor: float, found: Tensor) -> None:
     """found = factor * total, in found's shape and dtype."""
-    torch.mul(total.view(found.shape), factor, out=found)
+    products.into(found, torch.mul, total.view(found.shape), factor)
 
 
 def _deltas(call: Call, rows: Side, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:

@@ -127,4 +127,4 @@ class _Softmax:
             total = total * self._call.keep_probability
         if self._some_row_empty:
             total = total.clamp(min=torch.finfo(total.dtype).tiny)
-        torch.div(self._sums[..., :-1].view(*total.shape[:4], -1), total, out=out)
+        products.into(out, torch.div, self._sums[..., :-1].view(*total.shape[:4], -1), total)

@@ -8,12 +8,13 @@ CUDA devices before compute capability 8.0, which multiply no bf16, and emulate 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# Devices whose products can be written to rows that lie apart, over memory that holds anything, NaN too. Others have a
-# product of its own, and then a copy of it.
+# Devices whose operators write results to rows that lie apart, in another dtype, and products over memory that holds
+# anything, NaN too. On others a result is made, and then copied.
 IN_PLACE = ("cpu", "cuda", "xpu")
 
 
@@ -51,6 +52,14 @@ def add(total: Tensor, a: Tensor, b: Tensor, accumulate: bool = False, alpha: fl
         return torch.baddbmm(total, a, b, beta=beta, alpha=alpha, out=total)
     product = torch.bmm(a, b)
     return total.add_(product, alpha=alpha) if accumulate else torch.mul(product, alpha, out=total)
+
+
+def into(found: Tensor, operator: Callable[..., Tensor], *operands: Tensor | float) -> None:
+    """found = operator(*operands), in found's dtype."""
+    if found.device.type in IN_PLACE:
+        operator(*operands, out=found)
+    else:
+        found.copy_(operator(*operands))
 
 
 def _widening(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:

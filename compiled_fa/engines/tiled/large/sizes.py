@@ -62,16 +62,20 @@ class Bytes:
         if direction == "forward":
             a_score = wide + masked + max(product, scoring, featured + narrow + HASH * dropping)
             held += outs * moved + (3 if packed else 2) * wide * rows
-            a_row = (2 * padded(head_dim_v) + 8) * wide
+            a_row = (2 * padded(head_dim_v) + 8) * wide + (head_dim_v * wide if product else 0)
             return cls(a_score, a_row, 0, held + copied * sum(copies), held + copied * apart)
         probabilities = narrow or wide * dropping
         gradient = 4 * wide * capped
         a_score = 2 * wide + masked
         a_score += max(product, scoring, featured + probabilities + narrow + max(HASH * dropping, gradient + dropping))
         # delta's terms and out, then dq: never at once. Results on their way back.
-        held += max(wide * queries, (wide + moved) * outs) + 8 * wide * rows + moved * (queries + keys + values)
+        held += (
+            max(wide * queries * (2 if product else 1), (wide + moved) * outs)
+            + 8 * wide * rows
+            + moved * (queries + keys + values)
+        )
         together, alone = copied * (sum(copies) + outs), copied * (apart + outs * (not lies[0]))
-        return cls(a_score, 0, (head_dim + head_dim_v) * wide, held + together, held + alone)
+        return cls(a_score, 0, (head_dim + head_dim_v) * wide * (2 if product else 1), held + together, held + alone)
 
 
 def padded(head_dim_v: int) -> int:
