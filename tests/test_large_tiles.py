@@ -13,9 +13,11 @@ from tuned import retune
 
 from compiled_fa import messages
 from compiled_fa.engines import tiled
-from compiled_fa.engines.tiled.large import budget, groups, products
+from compiled_fa.engines.tiled.large import budget, groups, products, sizes
 from compiled_fa.engines.tiled.large.call import Call
 from compiled_fa.problem import Packed, Problem
+from compiled_fa.scores import Window
+from compiled_fa.tuning.gpu_tiles import GPU
 
 MB = 1 << 20
 FORWARD, BACKWARD, A_CALL = 10, 16, 8  # launches of a tile, and of a call besides
@@ -365,6 +367,36 @@ def test_peak_memory_is_inputs_and_results_and_the_budget(dense, options):
         backward, gradients = peak(lambda: tiled.backward(problem, dout, out, lse, dlse))
     assert nbytes / 4 < forward - out.nbytes - lse.nbytes <= nbytes
     assert nbytes / 4 < backward - sum(x.nbytes for x in gradients) <= nbytes
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@given(st.data())
+def test_sizes_fit_and_are_even(direction, drawn):
+    """Whatever the shape: a tile takes no more than what is there, but for the least of tiles."""
+    draw, lengths = drawn.draw, st.sampled_from([1, 100, 1000, 20000])
+    seqlen_q, seqlen_k, sequences = draw(lengths), draw(lengths), draw(lengths)
+    heads, group = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    side = st.one_of(st.none(), st.integers(0, 500))
+    left, right = draw(side), draw(side)
+    window, nbytes = Window(left, right), draw(st.sampled_from([1 << 22, 1 << 26, 1 << 30]))
+    q = torch.empty(1, 1, heads * group, 64, dtype=torch.float16, device="meta")
+    k = torch.empty(1, 1, heads, 64, dtype=torch.float16, device="meta")
+    costs = sizes.Bytes.of(direction, Problem.of(q, k, k, None), seqlen_q, seqlen_k, 2, (True, True, True))
+    shape = (seqlen_q, seqlen_k, sequences, heads, group)
+    tiles = sizes.choose(direction, *shape, window, nbytes, costs, GPU.tiled)
+    assert 1 <= tiles.queries <= seqlen_q
+    assert 1 <= tiles.keys <= seqlen_k
+    assert 1 <= tiles.batch_heads <= min(sequences * heads, sizes.MOST_PAIRS)
+    if window != Window():
+        assert (tiles.queries if direction == "forward" else tiles.keys) <= GPU.tiled.banded_tile
+    seen_q, seen_k = tiles.queries, tiles.keys
+    if left is not None and right is not None:
+        reach = left + right + (tiles.queries if direction == "forward" else tiles.keys)
+        seen_q, seen_k = (min(seen_q, reach), seen_k) if direction == "backward" else (seen_q, min(seen_k, reach))
+    a_tile = group * seen_q * (costs.a_row + costs.a_score * seen_k) + costs.a_key * seen_k
+    a_pair = costs.alone if tiles.batch_heads <= heads else costs.a_pair
+    least = tiles.batch_heads == 1 and min(tiles.queries, tiles.keys) <= GPU.tiled.whole_rows
+    assert least or tiles.batch_heads * (a_pair + a_tile) <= nbytes
 
 
 def test_memory_is_linear_and_the_budget_is_the_devices():

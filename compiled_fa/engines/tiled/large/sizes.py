@@ -15,14 +15,15 @@ from ..tiles import TileSizes, even
 from . import products
 
 LEAST_KEYS = 128  # of a tile that passes over the keys
+MOST_PAIRS = 65535  # of a batched product: matrices that CUDA's grids can count
 HASH = 13  # bytes of an element while dropout decides: three int32, and the decision
 PAD = 4  # elements; a row of sums is as wide as head_dim and one more, rounded up to so many
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """a_score: of a tile. a_row: of a tile's queries, for each head. a_pair: of a pair (sequence, key head) as a whole;
-    alone: where its sequence runs by itself, and lies as products take it. a_key: of a tile's keys.
+    """What a call takes: for a score of a tile, for a row of it (each head's of a query), for a key of it, and for a
+    pair (sequence, key head) as a whole; alone: for one whose sequence runs by itself, and may lie as products take it.
     """
 
     a_score: int
@@ -44,38 +45,43 @@ class Bytes:
         """operand: bytes of an element of a product's operand. lies: do q (and dout), k and v, of one sequence by
         itself, lie as products take them?
         """
-        wide, size, g = problem.lse_dtype.itemsize, problem.q.dtype.itemsize, problem.heads_per_key
-        head_dim, head_dim_v, packed = problem.q.shape[-1], problem.v.shape[-1], problem.packed is not None
-        narrow = operand if operand != wide else 0  # a copy of probabilities for the product
-        capped, biased, dropping = problem.softcap > 0.0, problem.alibi_slopes is not None, problem.dropout_p > 0.0
-        featured = wide * (capped or biased)  # the score beside the product
-        scoring = 2 * wide * (capped or biased) + wide * (capped and biased)
-        masked = 3 if packed and problem.window_in_force != Window() else 0  # offsets differ: a mask for each sequence
-        product = wide * (problem.q.device.type not in products.IN_PLACE)
-        rows = seqlen_q * g
+        wide, size = problem.lse_dtype.itemsize, problem.q.dtype.itemsize
+        head_dim, head_dim_v = problem.q.shape[-1], problem.v.shape[-1]
+        rows, packed, dropping = seqlen_q * problem.heads_per_key, problem.packed is not None, problem.dropout_p > 0.0
         queries, keys, values, outs = rows * head_dim, seqlen_k * head_dim, seqlen_k * head_dim_v, rows * head_dim_v
-        # Gathered, and then converted; places, int64, and an int32 on the way, and where to put results.
-        copied, moved = operand + size * (operand != size), size * packed
-        held = (32 * rows + 20 * seqlen_k) * packed + 40 * rows * dropping
         copies = (queries, keys, values)
         apart = sum(elements for elements, lying in zip(copies, lies, strict=True) if not lying)
+        copied = operand + size * (operand != size)  # gathered, and then converted
+        moved = size * packed  # a result on its way back
+        made = wide * (problem.q.device.type not in products.IN_PLACE)  # a product, or a result, before it is copied
+        # Places, int64, an int32 on their way, and where to put results; hashes of rows.
+        held = (32 * rows + 20 * seqlen_k) * packed + 40 * rows * dropping
+        a_score = _a_score(direction, problem, wide, operand, made)
         if direction == "forward":
-            a_score = wide + masked + max(product, scoring, featured + narrow + HASH * dropping)
-            held += outs * moved + (3 if packed else 2) * wide * rows
-            a_row = (2 * padded(head_dim_v) + 8) * wide + (head_dim_v * wide if product else 0)
+            held += outs * moved + (2 + packed) * wide * rows
+            a_row = (2 * padded(head_dim_v) + 8) * wide + head_dim_v * made
             return cls(a_score, a_row, 0, held + copied * sum(copies), held + copied * apart)
-        probabilities = narrow or wide * dropping
-        gradient = 4 * wide * capped
-        a_score = 2 * wide + masked
-        a_score += max(product, scoring, featured + probabilities + narrow + max(HASH * dropping, gradient + dropping))
-        # delta's terms and out, then dq: never at once. Results on their way back.
-        held += (
-            max(wide * queries * (2 if product else 1), (wide + moved) * outs)
-            + 8 * wide * rows
-            + moved * (queries + keys + values)
-        )
+        # delta's terms and out, then dq: never at once.
+        held += max((wide + made) * queries, (wide + moved) * outs)
+        held += 8 * wide * rows + moved * sum(copies)
         together, alone = copied * (sum(copies) + outs), copied * (apart + outs * (not lies[0]))
-        return cls(a_score, 0, (head_dim + head_dim_v) * wide * (2 if product else 1), held + together, held + alone)
+        return cls(a_score, 0, (head_dim + head_dim_v) * (wide + made), held + together, held + alone)
+
+
+def _a_score(direction: Direction, problem: Problem, wide: int, operand: int, made: int) -> int:
+    """Bytes of the tensors like a tile that are alive at once, for each of its scores."""
+    capped, biased, dropping = problem.softcap > 0.0, problem.alibi_slopes is not None, problem.dropout_p > 0.0
+    narrow = operand if operand != wide else 0  # probabilities, or their gradient, as operands
+    score = wide * (capped or biased)  # beside the product
+    making_it = 2 * score + wide * (capped and biased)
+    hash_and_mask = HASH * dropping
+    # Packed sequences whose offsets differ have a mask each.
+    masks = 3 if problem.packed is not None and problem.window_in_force != Window() else 0
+    if direction == "forward":
+        return wide + masks + max(made, making_it, score + narrow + hash_and_mask)
+    probabilities = narrow or wide * dropping
+    of_softcap = 4 * wide * capped + dropping
+    return 2 * wide + masks + max(made, making_it, score + probabilities + narrow + max(hash_and_mask, of_softcap))
 
 
 def padded(head_dim_v: int) -> int:
@@ -118,14 +124,17 @@ def choose(
         """Of the side that is cut: how many of them fit with all that they see."""
         return (room(pairs) - of_other * seen) // (of_length + a_score * seen)
 
-    pairs = sequences * nheads_k
+    most = sequences * nheads_k
+    while most > MOST_PAIRS:
+        most = _fewer(most, nheads_k)
+    pairs = most
     while pairs > 1 and whole(pairs) < wanted:
         pairs = _fewer(pairs, nheads_k)
     if whole(pairs) >= wanted:
         cut = even(length, min(longest, whole(pairs)))
         return TileSizes(cut, other, pairs) if direction == "forward" else TileSizes(other, cut, pairs)
     # Not even a pair's fit: tiles in both directions.
-    pairs, cut = sequences * nheads_k, min(longest, max(1, tuned.tile // g) if direction == "forward" else tuned.tile)
+    pairs, cut = most, min(longest, max(1, tuned.tile // g) if direction == "forward" else tuned.tile)
 
     def across() -> int:
         return (room(pairs) - of_length * cut) // (of_other + a_score * cut)
