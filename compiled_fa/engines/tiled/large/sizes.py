@@ -105,7 +105,7 @@ def choose(
     that leaves rows worth a product. window: in force. nbytes: what all of it may take.
     """
     banded = window != Window()
-    # Which of a tile's sides is cut first, and what the other sees of it under a window.
+    # Which of a tile's sides is cut first, and how much of the other sees it under a window, where offsets are alike.
     length, other = (seqlen_q, seqlen_k) if direction == "forward" else (seqlen_k, seqlen_q)
     g = heads_per_key
     longest = min(length, tuned.banded_tile if banded else length)
@@ -132,19 +132,19 @@ def choose(
         pairs = _fewer(pairs, nheads_k)
     if whole(pairs) >= wanted:
         cut = even(length, min(longest, whole(pairs)))
-        return TileSizes(cut, other, pairs) if direction == "forward" else TileSizes(other, cut, pairs)
+        return TileSizes(cut, seen, pairs) if direction == "forward" else TileSizes(seen, cut, pairs)
     # Not even a pair's fit: tiles in both directions.
     pairs, cut = most, min(longest, max(1, tuned.tile // g) if direction == "forward" else tuned.tile)
 
     def across() -> int:
         return (room(pairs) - of_length * cut) // (of_other + a_score * cut)
 
-    enough = min(other, LEAST_KEYS)
+    enough = min(seen, LEAST_KEYS)
     while pairs > 1 and across() < enough:
         pairs = _fewer(pairs, nheads_k)
     while cut > wanted and across() < enough:
         cut = max(wanted, cut // 2)
-    over = even(other, max(across(), enough))
+    over = even(seen, max(across(), enough))
     return TileSizes(cut, over, pairs) if direction == "forward" else TileSizes(over, cut, pairs)
 
 
