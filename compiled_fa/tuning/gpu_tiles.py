@@ -21,6 +21,8 @@ GPU = Tuning(
         # A rim costs half a tile of scores, a tile a dozen launches: 512 queries of 16 heads on 4,096 keys are 128 MB.
         banded_tile=512,
         uncut=NEVER,
+        # Copied they are read twice and written once: at some 300 GB/s as long as the launches of a sequence by itself.
+        chunk_bytes=16 << 20,
         kept_buffer_bytes=0,
         kept_bytes=0,
         # 1 GB of a card's 16: 4,096 tokens of 16 heads are then 2 tiles forward.

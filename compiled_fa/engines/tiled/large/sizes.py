@@ -127,6 +127,10 @@ def choose(
     most = sequences * nheads_k
     while most > MOST_PAIRS:
         most = _fewer(most, nheads_k)
+    thin = direction == "forward" and seqlen_q * g <= tuned.thin_rows
+    if thin and nheads_k * (costs.a_pair - costs.alone) > tuned.chunk_bytes:
+        # To read the keys is what takes time: a copy, which sequences side by side need, would take it three times.
+        most = min(most, nheads_k)
     pairs = most
     while pairs > 1 and whole(pairs) < wanted:
         pairs = _fewer(pairs, nheads_k)
