@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 ENGINES = ("auto", "fused", "split_kv", "sdpa_cpu", "tiled")
-CPU_CLASSES = ("avx2", "avx512", "avx512_bf16", "amx", "arm", "plain")
+CPU_CLASSES = ("avx2", "avx512", "avx512_bf16", "zen5", "amx", "arm", "plain")
 
 
 @dataclass(frozen=True)

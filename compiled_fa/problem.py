@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .scores import Dropout, ScoreProgram, Window
+from .tuning import Sizes
 
 Direction = Literal["forward", "backward"]
 Found = TypeVar("Found")
@@ -82,6 +83,7 @@ class Problem:
     """Shapes: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv); packed: the first two dimensions are one, T.
 
     dropout_seed: int64 of one element where dropout_p > 0; without one nothing is dropped.
+    signature: what calls that are checked, and served, alike have in common; None: of this call nobody knows.
     """
 
     q: Tensor
@@ -94,6 +96,7 @@ class Problem:
     dropout_p: float
     dropout_seed: Tensor | None
     packed: Packed | None = None
+    signature: Hashable | None = None
     notes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # of once_a_call
 
     @classmethod
@@ -141,6 +144,13 @@ class Problem:
         sequences = max(1, self.batch)
         total_k = self.k.shape[0] if self.packed.block_table is None else self.packed.host_sums[1][-1]
         return self.q.shape[0] // sequences, total_k // sequences
+
+    @functools.cached_property
+    def features(self) -> tuple[float, ...]:
+        """What a tuned rule weighs."""
+        (queries, keys), (nheads, head_dim) = self.mean_seqlens, self.q.shape[-2:]
+        causal, packed = bool(self.window_in_force.right == 0), self.packed is not None
+        return Sizes(queries, keys, self.batch, nheads, self.heads_per_key, head_dim, causal, packed).features()
 
     @property
     def lse_dtype(self) -> torch.dtype:

@@ -8,10 +8,12 @@ from itertools import accumulate
 
 import torch
 
-from . import validation
+from . import engines, validation
 from .interface import Result, flash_attn_func, flash_attn_varlen_func
-from .tuning import NEVER, current
+from .problem import Problem
+from .tuning import current
 
+LONGEST_CACHE = 1 << 16
 SHORT = 64  # tokens; in bf16, short tiles and those of twice the length are code of their own
 
 
@@ -79,12 +81,25 @@ def warmup(
         for lengths in _batches(seqlen, varlen, nheads * head_dim):
             call(lengths)
         if decode:
-            enough = current().split_kv.decode_from_elements_beside_sdpa
-            cache = max(seqlen, 0 if enough == NEVER else enough // (nheads_k * head_dim))
+            cache = _decoded_cache(seqlen, nheads, nheads_k, head_dim, dtype, device)
             q = torch.zeros(1, 1, nheads, head_dim, dtype=dtype, device=device)
             k = torch.zeros(1, cache, nheads_k, head_dim, dtype=dtype, device=device)
             flash_attn_func(q, k, k, *options)
     return time.perf_counter() - start
+
+
+def _decoded_cache(
+    seqlen: int, nheads: int, nheads_k: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """A length of the cache at which decoding has code of its own, of at least `seqlen`; that, where it never has."""
+    q = torch.empty(1, 1, nheads, head_dim, dtype=dtype, device=device)
+    cache = seqlen
+    while cache <= LONGEST_CACHE:
+        k = torch.empty(1, cache, nheads_k, head_dim, dtype=dtype, device=device)
+        if engines.select(Problem.of(q, k, k, None), "forward").engine.name == "split_kv":
+            return cache
+        cache *= 2
+    return seqlen
 
 
 def _batches(seqlen: int, varlen: bool, width: int) -> list[list[int]]:

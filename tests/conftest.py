@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 os.environ.setdefault("COMPILED_FA_COMPILE", "0")
-os.environ.setdefault("COMPILED_FA_TUNING", "avx512_bf16")
+os.environ.setdefault("COMPILED_FA_TUNING", "zen5")
 
 import hypothesis
 import pytest

@@ -17,6 +17,7 @@ from compiled_fa import caches, flash_attn_func, flash_attn_varlen_func, message
 from compiled_fa.caches import Cache, Scratch
 from compiled_fa.inductor import graphs
 from compiled_fa.inductor.steps import STEPS
+from compiled_fa.tuning import AT_EVERY_CALL
 
 
 @pytest.fixture
@@ -200,8 +201,8 @@ def test_inference_mode_leaves_nothing_behind(features, dense, engine):
 
 @pytest.mark.parametrize("step", ["decode", "short"])
 def test_plans_made_in_inference_mode_serve_others(monkeypatch, compiled_steps, step):
-    beside_sdpa = {"decode_from_elements_beside_sdpa": 1, "short_from_elements_beside_sdpa": 1}
-    retune(monkeypatch, split_kv={"decode_from_keys": 1, **beside_sdpa})
+    always = {"decode_beside_sdpa": AT_EVERY_CALL, "short_beside_sdpa": AT_EVERY_CALL}
+    retune(monkeypatch, split_kv={"decode_from_keys": 1, "decode_from_elements": 1, "short_from_elements": 1, **always})
     lengths_q, lengths_k = ([1, 1], [90, 70]) if step == "decode" else ([9, 30, 4], [9, 30, 4])
     sides = (lengths_q, lengths_k, lengths_k)
     q, k, v = (torch.randn(sum(lengths), 2, 32, requires_grad=True) for lengths in sides)
@@ -268,8 +269,8 @@ def test_clear_caches_forgets_all_and_changes_nothing():
         return flash_attn_func(q, q, q, window_size=(5, 3), softcap=2.0)
 
     expected = call()
-    assert "0 MB of" not in caches.contents().split("scratch")[-1]
+    assert "scratch 0 MB of" not in caches.contents()
     compiled_fa.clear_caches()
-    for kept in [line.split(" of ")[0] for line in caches.contents().split("; ")]:
-        assert kept.endswith((" 0", " 0 MB"))
+    for held in caches.contents().split("; "):
+        assert held.split(" of ")[0].endswith((" 0", "scratch 0 MB"))
     assert torch.equal(call(), expected)

@@ -49,7 +49,7 @@ def test_agrees_with_float64(case):
             assert not problem.v.numel() or not problem.q.numel()
             return
         if (refusal := short_varlen.unsupported_reason(problem)) is None:
-            assert short_varlen.pays(problem, "tiled")
+            assert short_varlen.is_worth_code(problem)
             found = short_varlen.forward(problem)
             again = short_varlen.forward(problem)
     longest = max(n for _, n in case.lengths)

@@ -26,7 +26,7 @@ _untold: dict[Any, Rule] = {}
 
 def register(op: Any, rule: Rule) -> None:
     """For the next graph that Inductor compiles."""
-    _untold[op._opoverload] = rule
+    _untold[op] = rule
 
 
 def tell_inductor() -> None:

@@ -13,8 +13,11 @@ found by trying stands here. bench/NOTES.md has what was tried.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,10 +25,27 @@ from .. import config
 from .classes import cpu_class
 from .cpu import TABLES
 from .files import load
-from .form import NEVER, FlexOptions, Fused, SdpaCpu, SplitKV, Tiled, Tuning
+from .form import AT_EVERY_CALL, AT_NO_CALL, NEVER, FlexOptions, Fused, Rule, SdpaCpu, Sizes, SplitKV, Tiled, Tuning
 from .gpu_tiles import GPU
 
-__all__ = ["NEVER", "FlexOptions", "Fused", "SdpaCpu", "SplitKV", "Tiled", "Tuning", "current", "described", "on"]
+__all__ = [
+    "AT_EVERY_CALL",
+    "AT_NO_CALL",
+    "NEVER",
+    "FlexOptions",
+    "Fused",
+    "Rule",
+    "SdpaCpu",
+    "Sizes",
+    "SplitKV",
+    "Tiled",
+    "Tuning",
+    "changed",
+    "current",
+    "described",
+    "on",
+    "using",
+]
 
 _current: Tuning | None = None
 
@@ -57,6 +77,27 @@ def current() -> Tuning:
 def on(device: torch.device) -> Tuning:
     """The table in force on a device: on a CPU `current()`, and for a meta tensor, which asks what the CPU would do."""
     return current() if device.type in ("cpu", "meta") else GPU
+
+
+@contextmanager
+def using(table: Tuning) -> Iterator[None]:
+    """This table in place of the one in force, in all threads, while the block runs: to measure what another would do.
+
+    with tuning.using(tuning.changed(split_kv={"split_keys": 8})):
+        ...
+    """
+    global _current
+    before, _current = _current, table
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def changed(**parts: Mapping[str, Any]) -> Tuning:
+    """The table in force with other numbers, by part."""
+    table = current()
+    return replace(table, **{part: replace(getattr(table, part), **numbers) for part, numbers in parts.items()})
 
 
 def described() -> str:

@@ -1,18 +1,19 @@
 """Tables in files: what COMPILED_FA_TUNING reads.
 
-    {"version": 2, "name": "...", "sdpa_cpu": {"measured_on": "...", "few_queries": 4, ...}, "split_kv": {...}, ...}
+    {"version": 2, "name": "...", "sdpa_cpu": {"measured_on": "...", "tiles_forward": {"constant": 1.0, ...}, ...}, ...}
 
-Every field of form.py, no other. JSON, with NEVER written as null.
+Every field of form.py, no other. JSON, with NEVER written as null, and rules as objects of their weights.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .form import NEVER, SdpaCpu, SplitKV, Tiled, Tuning
+from .form import NEVER, Rule, SdpaCpu, SplitKV, Tiled, Tuning
 
 VERSION = 2  # of the form: to be raised when a field is added, removed, or means something else
 
@@ -61,12 +62,24 @@ def _values(path: Path, part: str, form: Any, read: Any) -> dict[str, Any]:
         elif field.type == "bool":
             if not isinstance(value, bool):
                 _refuse(path, f"true or false as {name}", repr(value))
+        elif field.type == "Rule":
+            value = _rule(path, name, value)
         elif value is None:
             value = NEVER
         elif isinstance(value, bool) or not isinstance(value, int) or value < 0:
             _refuse(path, f"an integer of at least 0, or null, as {name}", repr(value))
         values[field.name] = value
     return values
+
+
+def _rule(path: Path, name: str, read: Any) -> Rule:
+    if not isinstance(read, dict):
+        _refuse(path, f"an object as {name}", repr(read))
+    _names(path, f"{name}.", read, {field.name for field in fields(Rule)})
+    for weight, value in read.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+            _refuse(path, f"a finite number as {name}.{weight}", repr(value))
+    return Rule(**read)
 
 
 def _names(path: Path, before: str, read: dict[str, Any], wanted: set[str]) -> None:

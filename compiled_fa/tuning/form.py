@@ -1,5 +1,7 @@
 """What there is to tune: frozen dataclasses, one for each engine, and a table of them for a class of machine.
 
+Which of two ways serves a call is a `Rule`; all else is a number.
+
 "Rows" are query rows that share a key head: queries times query heads for each key head. Names that end in _bytes,
 _keys, _queries, _tokens, _rows count those; `_from_` is inclusive, and NEVER for "at no length". measured_on: the
 machine that found the numbers; None: nobody has measured there, and they are those that do no harm.
@@ -8,11 +10,66 @@ machine that found the numbers; None: nobody has measured there, and they are th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from math import log
+from typing import NamedTuple
 
 FlexOptions = tuple[tuple[str, int], ...]  # a kernel's tile sizes, warps and stages, by the flex template's names
 
 NEVER = 1 << 62
+
+
+class Sizes(NamedTuple):
+    """Of a call. queries, keys: of an average sequence; batch: sequences; heads: of queries."""
+
+    queries: int
+    keys: int
+    batch: int
+    heads: int
+    heads_per_key: int
+    head_dim: int
+    causal: bool
+    packed: bool
+
+    def features(self) -> tuple[float, ...]:
+        """What a rule weighs: 1, logarithms, and 0 or 1 for what is or is not."""
+        logarithms = [log(size) if size > 1 else 0.0 for size in self[:6]]
+        return 1.0, *logarithms, float(self.causal), float(self.packed)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """ln(seconds of one way to serve a call / seconds of another), as a sum over the call's `Sizes`: a weight each,
+    times the size's logarithm. Where it is below 0 the one is the faster.
+
+    Work, and what is paid for each head, sequence or call, are products of sizes, and so is the rim at which two ways
+    take alike; tools.tune fits the weights to timings.
+    """
+
+    constant: float
+    queries: float = 0.0
+    keys: float = 0.0
+    batch: float = 0.0
+    heads: float = 0.0
+    heads_per_key: float = 0.0
+    head_dim: float = 0.0
+    causal: float = 0.0
+    packed: float = 0.0
+
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        return astuple(self)
+
+    def value(self, features: tuple[float, ...]) -> float:
+        return sum(weight * feature for weight, feature in zip(self.weights, features, strict=True))
+
+    def favours(self, features: tuple[float, ...]) -> bool:
+        """Is the one way the faster at a call of these `Sizes.features`?"""
+        return self.value(features) < 0.0
+
+
+AT_NO_CALL, AT_EVERY_CALL = Rule(1.0), Rule(-1.0)
 
 
 @dataclass(frozen=True)
@@ -20,17 +77,11 @@ class SdpaCpu:
     """When PyTorch's CPU flash kernel leaves a call to tiles, and how calls of it are put together."""
 
     measured_on: str | None
-    # Forward: so few queries at most, on so many keys at least, are for tiles, which read keys faster. Lengths are
-    # those of an average sequence.
-    few_queries: int
-    few_queries_tiles_from_keys: int
-    # Forward in bf16: from so many keys on for tiles.
-    bf16_tiles_from_keys: int
-    # Backward, plain and causal, in bf16 and in all other dtypes: from so many queries on for tiles.
-    backward_tiles_from_queries: int
-    causal_backward_tiles_from_queries: int
-    bf16_backward_tiles_from_queries: int
-    bf16_causal_backward_tiles_from_queries: int
+    # Tiles / PyTorch's kernel, in bf16 and in all other dtypes.
+    tiles_forward: Rule
+    tiles_forward_bf16: Rule
+    tiles_backward: Rule
+    tiles_backward_bf16: Rule
     # Packed sequences below this share a call with those of their lengths, of so many tokens at a time that they are
     # still in the cache when they are used.
     shared_call_below_tokens: int
@@ -47,23 +98,23 @@ class SplitKV:
     measured_on: str | None
     # A step is code for a number of rows, each of which is unrolled: so many at most.
     most_rows: int
-    # Few queries on many keys: keys of an average sequence, and elements of all keys, from which the step repays
-    # itself beside tiles...
+    # Few queries on many keys: keys of an average sequence, and elements of all keys, from which code of its own is
+    # worth its while.
     decode_from_keys: int
     decode_from_elements: int
-    # ... and beside PyTorch's kernel, in 16 bits and in more; half of the latter where sequences have many keys.
-    decode_from_elements_beside_sdpa_16bit: int
-    decode_from_elements_beside_sdpa: int
-    decode_long_keys: int
+    # This engine / tiles, and / PyTorch's kernel, in 16 bits and in more.
+    decode_beside_tiles: Rule
+    decode_beside_sdpa: Rule
+    decode_beside_sdpa_16bit: Rule
     # Keys of a split: enough splits for all threads, or, from so many keys on, few to be merged.
     split_keys: int
     long_split_keys: int
     long_split_from_keys: int
-    # Many short packed sequences: keys of the longest, at most, and elements of q, at least, beside tiles and beside
-    # PyTorch's kernel.
+    # Many short packed sequences: keys of the longest, at most, and elements of q, at least; likewise.
     short_keys: int
     short_from_elements: int
-    short_from_elements_beside_sdpa: int
+    short_beside_tiles: Rule
+    short_beside_sdpa: Rule
     # Their queries run in blocks of so many rows, together with blocks that see as many keys, rounded up to a multiple.
     short_block_rows: int
     short_key_multiple: int

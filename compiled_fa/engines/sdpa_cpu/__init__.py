@@ -15,7 +15,7 @@ import torch
 from ...messages import say_once
 from ...problem import Direction, Problem
 from ...scores import Window
-from ...tuning import current
+from ...tuning import Rule, current
 from . import kernel
 from .calls import backward, forward, is_one_call
 
@@ -52,18 +52,12 @@ def unsupported_reason(
     return None
 
 
+def rule(problem: Problem, direction: Direction) -> str:
+    """The name of the tuned rule by which tiles are faster."""
+    return f"tiles_{direction}_bf16" if problem.q.dtype == torch.bfloat16 else f"tiles_{direction}"
+
+
 def defers(problem: Problem, direction: Direction, to: str) -> bool:
     """Are tiles faster at a call that this engine could serve? As measured: bench/NOTES.md."""
-    tuned = current().sdpa_cpu
-    bf16 = problem.q.dtype == torch.bfloat16
-    seqlen_q, seqlen_k = problem.mean_seqlens
-    if direction == "backward":
-        plain = problem.window_in_force == EVERYTHING
-        if bf16:
-            rim = tuned.bf16_backward_tiles_from_queries if plain else tuned.bf16_causal_backward_tiles_from_queries
-        else:
-            rim = tuned.backward_tiles_from_queries if plain else tuned.causal_backward_tiles_from_queries
-        return seqlen_q >= rim
-    if bf16 and seqlen_k >= tuned.bf16_tiles_from_keys:
-        return True
-    return seqlen_k >= tuned.few_queries_tiles_from_keys and seqlen_q <= tuned.few_queries
+    tiles: Rule = getattr(current().sdpa_cpu, rule(problem, direction))
+    return tiles.favours(problem.features)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...inductor.steps import eager_reason
 from ...problem import Direction, Problem
+from ...tuning import Rule, current
 from . import decode, short_varlen, step
 
 __all__ = ["backward", "defers", "forward", "inlines", "name", "unsupported_reason"]
@@ -50,12 +51,23 @@ def unsupported_reason(
     return f"{why_no_decode}; {why_no_short}"
 
 
+def rule(problem: Problem, to: str) -> str | None:
+    """The name of the tuned rule by which it is faster than the engine `to`; None: it does not serve."""
+    if decode.is_worth_code(problem) and decode.unsupported_reason(problem) is None:
+        return decode.rule(problem, to)
+    if short_varlen.is_worth_code(problem) and short_varlen.unsupported_reason(problem) is None:
+        return short_varlen.rule(problem, to)
+    return None
+
+
 def defers(problem: Problem, direction: Direction, to: str) -> bool:
     """Is the engine `to` faster at a call that this one could serve? As measured: bench/NOTES.md."""
     if direction == "backward" or problem.q.device.type != "cpu" or eager_reason() is not None:
         return True
-    decodes = decode.pays(problem, to) and decode.unsupported_reason(problem) is None
-    return not decodes and not (short_varlen.pays(problem, to) and short_varlen.unsupported_reason(problem) is None)
+    if (name := rule(problem, to)) is None:
+        return True
+    faster: Rule = getattr(current().split_kv, name)
+    return not faster.favours(problem.features)
 
 
 def inlines(problem: Problem) -> bool:
@@ -66,7 +78,7 @@ def inlines(problem: Problem) -> bool:
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out, shaped as q with v's head_dim, and lse, (B, H, Sq) or, packed, (H, T)."""
     decodes = decode.unsupported_reason(problem) is None
-    if decodes and (decode.pays(problem, "tiled") or short_varlen.unsupported_reason(problem) is not None):
+    if decodes and (decode.is_worth_code(problem) or short_varlen.unsupported_reason(problem) is not None):
         return decode.forward(problem)
     return short_varlen.forward(problem)
 

@@ -44,17 +44,19 @@ def _rows(problem: Problem) -> tuple[Rows | None, Rows | None]:
     return Rows.of(problem.k), Rows.of(problem.v)
 
 
-def pays(problem: Problem, instead_of: str) -> bool:
-    """Is it faster than that engine?"""
-    tuned, seqlens = current().split_kv, problem.mean_seqlens
-    if max(1, seqlens[0]) * problem.heads_per_key > tuned.most_rows or seqlens[1] < tuned.decode_from_keys:
+def is_worth_code(problem: Problem) -> bool:
+    """Are there so many keys that code of its own is worth its while?"""
+    tuned = current().split_kv
+    if max(1, problem.mean_seqlens[0]) * problem.heads_per_key > tuned.most_rows:
         return False
-    enough = tuned.decode_from_elements
-    if instead_of == "sdpa_cpu" and problem.k.dtype.itemsize < 4:
-        enough = tuned.decode_from_elements_beside_sdpa_16bit
-    elif instead_of == "sdpa_cpu":
-        enough = tuned.decode_from_elements_beside_sdpa // (2 if seqlens[1] >= tuned.decode_long_keys else 1)
-    return problem.k.numel() >= enough
+    return problem.mean_seqlens[1] >= tuned.decode_from_keys and problem.k.numel() >= tuned.decode_from_elements
+
+
+def rule(problem: Problem, instead_of: str) -> str:
+    """The name of the tuned rule by which it is faster than that engine."""
+    if instead_of != "sdpa_cpu":
+        return "decode_beside_tiles"
+    return "decode_beside_sdpa_16bit" if problem.k.dtype.itemsize < 4 else "decode_beside_sdpa"
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -60,12 +60,19 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def pays(problem: Problem, instead_of: str) -> bool:
-    """Is it faster than that engine?"""
+def is_worth_code(problem: Problem) -> bool:
+    """Are the sequences so short, and so many, that code of its own is worth its while?"""
     tuned, packed = current().split_kv, problem.packed
-    beside_sdpa = instead_of == "sdpa_cpu"
-    enough = tuned.short_from_elements_beside_sdpa if beside_sdpa else tuned.short_from_elements
-    return packed is not None and packed.max_seqlen_k <= tuned.short_keys and problem.q.numel() >= enough
+    return (
+        packed is not None
+        and packed.max_seqlen_k <= tuned.short_keys
+        and problem.q.numel() >= tuned.short_from_elements
+    )
+
+
+def rule(problem: Problem, instead_of: str) -> str:
+    """The name of the tuned rule by which it is faster than that engine."""
+    return "short_beside_sdpa" if instead_of == "sdpa_cpu" else "short_beside_tiles"
 
 
 def _block_queries(problem: Problem) -> int:
