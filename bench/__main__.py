@@ -6,11 +6,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compiled_fa import use_engine
 from compiled_fa.tuning import described as described_tuning
 from compiled_fa.tuning.classes import cpu_class
 
@@ -20,15 +22,16 @@ from .processes import first_use_records, memory_records
 from .progress import Progress
 from .race import race
 from .records import ROOT, Writer, circumstances, cpu_model, described, of_outcome
-from .suites import RACES, Entry, memory
+from .suites import ENGINES, RACES, Entry, memory
 
 SUITES = (*RACES, "serve", "memory", "compile", "choice")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
-classes (of CPUs: a case of each kind), published (the shapes of flash-attention's README, for a GPU), serve (requests
-that come and go, on pages and on padded rows), memory (peaks, each in a process of its own), compile (first use in a
-new process, cache cold and warm), choice (random calls on a CPU: how much slower is auto than the fastest engine?
---calls of them, of --seed; the first time they compile for minutes).
+classes (of CPUs: a case of each kind), published (the shapes of flash-attention's README, for a GPU), tiles (the tiled
+engine, for a GPU without a fused one), serve (requests that come and go, on pages and on padded rows), memory (peaks,
+each in a process of its own), compile (first use in a new process, cache cold and warm), choice (random calls on a
+CPU: how much slower is auto than the fastest engine? --calls of them, of --seed; the first time they compile for
+minutes).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 
 
@@ -83,7 +86,8 @@ def _race_suite(name: str, options: argparse.Namespace, device: torch.device) ->
         def tick(done: float, number: int = number, label: str = label) -> None:
             progress.show(number + done, label)
 
-        outcomes = race(entry.case, direction, entry.peers, device, options.seconds, rounds, tick)
+        with use_engine(ENGINES[name]) if name in ENGINES else nullcontext():
+            outcomes = race(entry.case, direction, entry.peers, device, options.seconds, rounds, tick)
         records = [described(entry.case, direction) | of_outcome(outcome) for outcome in outcomes]
         progress.clear()
         print(table.row([record for record in records if record["peer"] in able]), flush=True)

@@ -123,6 +123,22 @@ def published(quick: bool) -> list[Entry]:
     return entries
 
 
+def tiles(quick: bool) -> list[Entry]:
+    """Ours by the tiled engine, for a GPU without a fused kernel: long calls, causal, with a window, packed."""
+    lengths = (64, 160) if quick else (1024, 4096, 16384)
+    drawn = random.Random(0)
+    packed = [drawn.randint(5, 80) if quick else drawn.randint(105, 1004) for _ in range(5 if quick else 64)]
+    dtypes = DTYPES[:1] if quick else (torch.float16, torch.float32)
+    peers = ("ours", "noflash", "SDPA math", "SDPA efficient")
+    masks: list[dict[str, Any]] = [{}, {"causal": True}, {"window_size": (16 if quick else 512, 0)}]
+    entries = []
+    for dtype in dtypes:
+        entries += [Entry(Case.uniform(n, nheads_k=16, dtype=dtype, **mask), peers) for mask in masks for n in lengths]
+        of_packed = ("ours", "SDPA padded", "SDPA loop")
+        entries += [Entry(Case.packed(packed, dtype=dtype, **mask), of_packed) for mask in masks[:2]]
+    return entries
+
+
 def memory(quick: bool) -> list[Entry]:
     """Peaks beside inputs. The last case, one head at 262,144, is the scale that a score matrix forbids."""
     lengths = (512, 1024) if quick else (1024, 2048, 4096, 8192, 16384, 32768)
@@ -159,6 +175,8 @@ def classes(quick: bool) -> list[Entry]:
     return entries
 
 
+ENGINES = {"tiles": "tiled"}  # that which a suite measures; all others: the one that is chosen
+
 RACES: dict[str, Callable[[bool], list[Entry]]] = {
     "dense": dense,
     "varlen": varlen,
@@ -168,4 +186,5 @@ RACES: dict[str, Callable[[bool], list[Entry]]] = {
     "classes": classes,
     "scale": scale,
     "published": published,
+    "tiles": tiles,
 }

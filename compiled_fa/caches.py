@@ -2,6 +2,7 @@
 
     compiled steps, compiled kernels      machine code, by what is fixed in it
     plans, block tables, score numbers    tensors that calls of one shape share
+    groupings                             which packed sequences run side by side
     scratch                               a thread's tiles
 
 What is kept is made outside of inference mode, whoever asks for it first: an inference tensor could not be written to,
@@ -181,6 +182,7 @@ class Scratch:
         size, buffers, key = prod(shape), self._mine(), (name, dtype)
         buffer = buffers.pop(key, None)
         if buffer is None or buffer.numel() < size:
+            buffer = None  # given back before there is another
             with torch.inference_mode(False):
                 buffer = torch.empty(size, dtype=dtype, device="cpu")
         buffers[key] = buffer  # behind all others

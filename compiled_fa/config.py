@@ -40,8 +40,8 @@ CHECK = Variable(
 )
 TUNING = Variable(
     "COMPILED_FA_TUNING",
-    ("auto", *CPU_CLASSES),
-    "the class of CPU whose table of tuned numbers is in force, or a file",
+    ("auto", *CPU_CLASSES, "gpu"),
+    "the class of CPU whose table of tuned numbers is in force on a CPU, that of GPUs, or a file",
     True,
 )
 

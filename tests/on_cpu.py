@@ -12,7 +12,8 @@ import test_short_varlen
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from support import Case, Data, cases, run_engine, run_tiled
+from large import large_tiles
+from support import Case, Data, cases, run_engine
 
 from compiled_fa import ops
 from compiled_fa.engines import fused, sdpa_cpu, split_kv, tiled
@@ -80,6 +81,18 @@ class Fused:
             return fused.backward(*arguments)
 
 
+class Large:
+    """The tiled engine with tiles of a GPU's size, and products that widen half precision as on CUDA."""
+
+    def forward(self, problem, **options):
+        with large_tiles():
+            return tiled.forward(problem, **options)
+
+    def backward(self, *arguments, **options):
+        with large_tiles():
+            return tiled.backward(*arguments, **options)
+
+
 @dataclass(frozen=True)
 class Runner:
     """fields: of the cases that the engine takes, as `cases` wants them; lengths: theirs, by whether they are dense."""
@@ -95,7 +108,8 @@ class Runner:
         return cases(dense, **{**self.fields, **lengths, **fields})
 
     def run(self, data: Data) -> dict[str, torch.Tensor]:
-        return run_tiled(data) if self.engine is tiled else run_engine(self.engine, data)
+        takes_tiles = self.engine is tiled or isinstance(self.engine, Large)
+        return run_engine(self.engine, data, **({"tiles": data.case.tiles} if takes_tiles else {}))
 
 
 PLAIN = {"window_size": (-1, -1), "softcap": 0.0, "slopes": "none", "dropout_p": 0.0, "head_dim_v": 0}
@@ -112,6 +126,7 @@ NO_FP64 = {"dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat1
 RUNNERS = (
     Runner("auto", Auto(), {"tiles": None}),
     Runner("tiled", tiled),
+    Runner("large tiles", Large()),
     Runner("sdpa_cpu", sdpa_cpu, PLAIN | POSITIVE),
     Runner("decode", SplitKV(decode, test_decode.shrink), {"dropout_p": 0.0}, FEW_QUERIES),
     Runner(

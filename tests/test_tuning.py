@@ -21,6 +21,7 @@ from compiled_fa import config, tuning
 from compiled_fa.engines import select
 from compiled_fa.engines.sdpa_cpu import kernel
 from compiled_fa.tuning import AT_EVERY_CALL, AT_NO_CALL, Rule, Sizes, classes, cpu, files
+from compiled_fa.tuning.gpu_tiles import GPU
 from tools import tune
 from tools.rule_fit import Timed, fit, mean_regret, regrets
 from tools.tuning_search import Measured, Pick, number_of, settle_all, settled_rule, told
@@ -81,6 +82,18 @@ def test_the_environment_chooses(monkeypatch, unread):
     monkeypatch.setattr(tuning, "_current", None)
     monkeypatch.setenv("COMPILED_FA_TUNING", "auto")
     assert tuning.current().name == classes.cpu_class()
+
+
+def test_every_device_but_the_cpu_has_the_table_of_gpus(monkeypatch, unread):
+    for device in ("cpu", "meta"):
+        assert tuning.on(torch.device(device)) is tuning.current()
+    for device in ("cuda", "xpu", "mps"):
+        assert tuning.on(torch.device(device)) is GPU
+    monkeypatch.setattr(tuning, "_current", None)
+    monkeypatch.setenv("COMPILED_FA_TUNING", GPU.name)
+    assert tuning.on(torch.device("cpu")) is GPU
+    assert tuning.described().startswith("gpu, on a CPU of class ")
+    assert all(table.tiled.memory_parts == 0 for table in cpu.TABLES.values())
 
 
 def test_described_says_what_was_measured_where(monkeypatch):

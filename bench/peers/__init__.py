@@ -23,6 +23,7 @@ PEERS: dict[str, Peer] = {
     "flash_attn": installed.FLASH_ATTN,
     "xformers": installed.XFORMERS,
     "turing": installed.TURING,
+    "noflash": installed.NOFLASH,
     "copy": sdpa.COPY,
 }
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cases import Case, Direction, Inputs
+from . import sdpa
 from .base import Peer, Prepared, dense, not_installed, packed
 
 
@@ -93,6 +95,21 @@ def _prepare_turing(inputs: Inputs) -> Prepared:
     return dense(inputs, lambda q, k, v: flash_attn_func(q, k, v, case.causal))
 
 
+def _refuse_noflash(case: Case, direction: Direction, device_type: str) -> str | None:
+    if reason := _on_gpu("noflash_attention", case, device_type, ("float16", "bfloat16", "float32")):
+        return reason
+    return sdpa.refusal(case, direction, device_type)
+
+
+def _prepare_noflash(inputs: Inputs) -> Prepared:
+    before = F.scaled_dot_product_attention
+    import noflash_attention
+
+    F.scaled_dot_product_attention = before  # its import may put its own in that place, for every peer
+    return sdpa.prepared(inputs, noflash_attention.patched_sdpa)
+
+
 FLASH_ATTN = Peer(_refuse_flash_attn, _prepare_flash_attn)
 XFORMERS = Peer(_refuse_xformers, _prepare_xformers)
 TURING = Peer(_refuse_turing, _prepare_turing)
+NOFLASH = Peer(_refuse_noflash, _prepare_noflash)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ LARGEST_MASK = 2 << 30  # bytes of a mask or bias
 COPIED = 128 << 20  # bytes of the large copy: read once and written once
 
 
-def _refusal(case: Case, direction: Direction, device_type: str) -> str | None:
+def refusal(case: Case, direction: Direction, device_type: str) -> str | None:
     if case.varlen:
         return "see SDPA padded and SDPA loop"
     if case.softcap:
@@ -46,45 +47,50 @@ def _mask(inputs: Inputs) -> Tensor | None:
     return bias if visible is None else bias.masked_fill_(~visible, float("-inf"))
 
 
-def _prepare(inputs: Inputs) -> Prepared:
+def prepared(inputs: Inputs, sdpa: Callable[..., Tensor]) -> Prepared:
+    """By a function of scaled_dot_product_attention's arguments."""
     case, mask = inputs.case, _mask(inputs)
     is_causal, gqa = case.causal and mask is None, case.heads_per_key > 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=gqa)
+        out = sdpa(q, k, v, mask, dropout_p, is_causal, enable_gqa=gqa)
         return out.transpose(1, 2)
 
     checked = (lambda q, k, v: attend(q, k, v, 0.0)) if case.dropout_p else None
     return dense(inputs, lambda q, k, v: attend(q, k, v, case.dropout_p), checked)
 
 
+def _prepare(inputs: Inputs) -> Prepared:
+    return prepared(inputs, F.scaled_dot_product_attention)
+
+
 def _prepare_copy(inputs: Inputs) -> Prepared:
     """Moves COPIED bytes twice, and computes nothing: race.py scales its time to the bytes of the case's keys."""
     source = torch.zeros(COPIED, dtype=torch.uint8, device=inputs.device)
     target = torch.zeros_like(source)
-    prepared = dense(inputs, lambda q, k, v: target.copy_(source))
-    prepared.moves = 2 * COPIED
-    return prepared
+    copying = dense(inputs, lambda q, k, v: target.copy_(source))
+    copying.moves = 2 * COPIED
+    return copying
 
 
 def on_backend(backend: SDPBackend) -> Peer:
     """SDPA made to use one of its kernels; on a GPU only, where it has several to choose from."""
 
-    def refusal(case: Case, direction: Direction, device_type: str) -> str | None:
-        return "on a GPU only" if device_type != "cuda" else _refusal(case, direction, device_type)
+    def refused(case: Case, direction: Direction, device_type: str) -> str | None:
+        return "on a GPU only" if device_type != "cuda" else refusal(case, direction, device_type)
 
     def prepare(inputs: Inputs) -> Prepared:
-        prepared = _prepare(inputs)
+        plainly = _prepare(inputs)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return prepared.attend(q, k, v)
+                return plainly.attend(q, k, v)
 
-        return replace(prepared, attend=attend)
+        return replace(plainly, attend=attend)
 
-    return Peer(refusal, prepare)
+    return Peer(refused, prepare)
 
 
-SDPA = Peer(_refusal, _prepare)
+SDPA = Peer(refusal, _prepare)
 COPY = Peer(lambda case, direction, device: None if case.max_seqlen_q == 1 else "for decoding", _prepare_copy)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 def scaled(product: Tensor, softmax_scale: float | Tensor) -> Tensor:
-    """softmax_scale * q·k."""
+    """softmax_scale * q·k. A factor of 1.0 is none: the product may have it in already."""
+    if isinstance(softmax_scale, float) and softmax_scale == 1.0:
+        return product
     return product * softmax_scale
 
 

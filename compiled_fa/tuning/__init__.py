@@ -1,10 +1,11 @@
 """The numbers that were tuned, all of them, each on the machine that its table names.
 
-form.py     what each number decides, and in what unit
-cpu.py      tables of CPUs, by class
-classes.py  which class this CPU is of
-files.py    tables in files
-gpu.py      tile sizes of the fused engine's kernels
+form.py       what each number decides, and in what unit
+cpu.py        tables of CPUs, by class
+classes.py    which class this CPU is of
+files.py      tables in files
+gpu.py        tile sizes of the fused engine's kernels
+gpu_tiles.py  the table of class "gpu": tiles in PyTorch ops, of a GPU's size
 
 A number that follows from something (a format, a kernel's limits, what a system does) stands where it is used; what was
 found by trying stands here. bench/NOTES.md has what was tried.
@@ -18,11 +19,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import config
 from .classes import cpu_class
 from .cpu import TABLES
 from .files import load
 from .form import AT_EVERY_CALL, AT_NO_CALL, NEVER, FlexOptions, Fused, Rule, SdpaCpu, Sizes, SplitKV, Tiled, Tuning
+from .gpu_tiles import GPU
 
 __all__ = [
     "AT_EVERY_CALL",
@@ -39,6 +43,7 @@ __all__ = [
     "changed",
     "current",
     "described",
+    "on",
     "using",
 ]
 
@@ -57,6 +62,8 @@ def current() -> Tuning:
             _current = TABLES[cpu_class()]
         elif asked_for in TABLES:
             _current = TABLES[asked_for]
+        elif asked_for == GPU.name:
+            _current = GPU
         elif Path(asked_for).is_file():
             _current = load(Path(asked_for))
         else:
@@ -65,6 +72,11 @@ def current() -> Tuning:
                 f"that compiled_fa.tuning.files.save wrote, got {asked_for!r}"
             )
     return _current
+
+
+def on(device: torch.device) -> Tuning:
+    """The table in force on a device: on a CPU `current()`, and for a meta tensor, which asks what the CPU would do."""
+    return current() if device.type in ("cpu", "meta") else GPU
 
 
 @contextmanager

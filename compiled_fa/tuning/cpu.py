@@ -64,6 +64,9 @@ PLAIN = Tuning(
         backward_kept_operations=1000,
         kept_buffer_bytes=16 << 20,
         kept_bytes=128 << 20,
+        memory_parts=0,
+        whole_rows=0,
+        group_scores=0,
     ),
 )
 

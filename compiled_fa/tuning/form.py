@@ -162,6 +162,14 @@ class Tiled:
     # Scratch memory: larger buffers are given back after the call; what a thread keeps.
     kept_buffer_bytes: int
     kept_bytes: int
+    # One part in so many of the device's memory is a call's scratch, and tiles are as large as that allows: as a GPU
+    # wants them. 0: tiles stay in the cores' caches.
+    memory_parts: int
+    # There: rows of a tile, at least, that are worth to hold the scores of all their keys; where so many do not fit,
+    # tiles of `tile` rows pass over the keys.
+    whole_rows: int
+    # There: scores that take as long as the launches of one more group of packed sequences.
+    group_scores: int
 
 
 @dataclass(frozen=True)

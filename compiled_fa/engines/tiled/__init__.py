@@ -10,6 +10,7 @@ products.py   matrix products and their dtype
 rows.py       reading and writing rows of dense, packed and paged tensors
 tiles.py      tile sizes
 scratch.py    a call's buffers
+large/        the same algorithms in tiles of a GPU's size, of few launches each, where the device's table asks for them
 """
 
 import torch

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ...tuning import current
+from ...tuning import current, on
+from . import large
 from .call import Call
 from .chunks import Chunk, spans
 from .products import Sum
@@ -27,6 +28,8 @@ def backward(
 
     dlse: gradient of lse, or None where it is not used. tiles: sizes to use in place of those of tiles.py.
     """
+    if on(problem.q.device).tiled.memory_parts:
+        return large.backward(problem, dout, out, lse, dlse, tiles)
     call = Call(problem, tiles)
     gradients = call.results(problem.q.shape), call.results(problem.k.shape), call.results(problem.v.shape)
     with call:

@@ -84,7 +84,7 @@ class Call:
         packed = problem.packed is not None and problem.packed.block_table is None  # beyond a table there are no pages
         lengths = len(set(self._lengths)) if packed else 1
 
-        def sizes(seqlen_q: int, seqlen_k: int) -> TileSizes:
+        def sizes(seqlen_q: int, seqlen_k: int, sequences: int) -> TileSizes:
             if self._tiles is not None:
                 return self._tiles
             itemsize, heads = self.product_dtype(seqlen_q, seqlen_k).itemsize, self.heads_per_key

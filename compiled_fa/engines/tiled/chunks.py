@@ -17,6 +17,10 @@ from ...scores import Window
 from ...tuning import current
 from .tiles import TileSizes, rounded_up
 
+Span = tuple[int, int]  # start and stop (exclusive); empty where start >= stop
+Lengths = Sequence[tuple[int, int]]  # (seqlen_q, seqlen_k) of every sequence
+Groups = dict[tuple[int, int], list[int]]  # sequences that run together, by a length that holds them all
+
 
 class Tile(NamedTuple):
     """Keys start to stop (exclusive) against some queries, or queries against some keys.
@@ -46,8 +50,12 @@ class Chunk:
     tiles: TileSizes
 
     @property
+    def nheads_k(self) -> int:
+        return int(self.key_heads.stop - self.key_heads.start)
+
+    @property
     def batch_heads(self) -> int:
-        return len(self.sequences) * int(self.key_heads.stop - self.key_heads.start)
+        return len(self.sequences) * self.nheads_k
 
     @property
     def query_heads(self) -> slice:
@@ -60,23 +68,31 @@ class Chunk:
     def key_spans(self) -> list[tuple[int, int]]:
         return spans(0, self.lengths_k[1], self.tiles.keys)
 
-    def key_tiles(self, q_start: int, q_stop: int) -> list[Tile]:
-        """The keys that queries q_start..q_stop need, in tiles."""
+    def keys_seen(self, q_start: int, q_stop: int) -> tuple[Span, Span]:
+        """The keys that some of queries q_start..q_stop see, and those that, lengths aside, all of them see."""
         first, last = q_start + self.offsets[0], q_stop - 1 + self.offsets[1]
         needed = self.window.keys_seen_by_any(first, last, self.lengths_k[1])
-        full = self.window.keys_seen_by_all(first, last, self.lengths_k[1])
+        return needed, self.window.keys_seen_by_all(first, last, self.lengths_k[1])
+
+    def queries_that_see(self, k_start: int, k_stop: int) -> tuple[Span, Span]:
+        """The queries that see some of keys k_start..k_stop, and those that, lengths aside, see all of them."""
+        least, greatest = self.offsets  # of a query's position from its number
+        limits = least, self.lengths_q[1] + greatest
+        start, stop = self.window.positions_that_see_any(k_start, k_stop - 1, *limits)
+        needed = max(start - greatest, 0), min(stop - least, self.lengths_q[1])
+        start, stop = self.window.positions_that_see_all(k_start, k_stop - 1, *limits)
+        return needed, (max(start - least, 0), min(stop - greatest, self.lengths_q[1]))
+
+    def key_tiles(self, q_start: int, q_stop: int) -> list[Tile]:
+        """The keys that queries q_start..q_stop need, in tiles."""
+        needed, full = self.keys_seen(q_start, q_stop)
         ragged = q_stop > self.lengths_q[0]
         tiles = _tiles(needed, full, self.tiles.keys)
         return [tile._replace(masked=tile.masked or ragged or tile.stop > self.lengths_k[0]) for tile in tiles]
 
     def query_tiles(self, k_start: int, k_stop: int) -> list[Tile]:
         """The queries that need keys k_start..k_stop, in tiles."""
-        least, greatest = self.offsets  # of a query's position from its number
-        limits = least, self.lengths_q[1] + greatest
-        start, stop = self.window.positions_that_see_any(k_start, k_stop - 1, *limits)
-        needed = max(start - greatest, 0), min(stop - least, self.lengths_q[1])
-        start, stop = self.window.positions_that_see_all(k_start, k_stop - 1, *limits)
-        full = max(start - least, 0), min(stop - greatest, self.lengths_q[1])
+        needed, full = self.queries_that_see(k_start, k_stop)
         ragged = k_stop > self.lengths_k[0]
         tiles = _tiles(needed, full, self.tiles.queries)
         return [tile._replace(masked=tile.masked or ragged or tile.stop > self.lengths_q[0]) for tile in tiles]
@@ -99,10 +115,9 @@ def _rounded(length: int) -> int:
     return rounded_up(length, max(2, 1 << (length.bit_length() - 3)))
 
 
-def _groups(lengths: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    """Sequences that run together, by a length that holds them all.
-
-    Those of one length where there are many of each: then nothing is padded, and nothing hidden.
+def groups(lengths: Lengths) -> Groups:
+    """Sequences that run together: those of one length where there are many of each, for then nothing is padded, and
+    nothing hidden.
     """
     exact: dict[tuple[int, int], list[int]] = defaultdict(list)
     for sequence, (seqlen_q, seqlen_k) in enumerate(lengths):
@@ -117,19 +132,20 @@ def _groups(lengths: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[in
 
 
 def chunks(
-    lengths: Sequence[tuple[int, int]],
+    lengths: Lengths,
     nheads_k: int,
     heads_per_key: int,
     window: Callable[[Sequence[int], slice], Window],
-    sizes: Callable[[int, int], TileSizes],
+    sizes: Callable[[int, int, int], TileSizes],
+    groups: Callable[[Lengths], Groups] = groups,
 ) -> Iterator[Chunk]:
     """Chunks that cover every sequence with queries and keys.
 
-    lengths: (seqlen_q, seqlen_k) of every sequence. window: of some sequences and query heads, outside of which nothing
-    need be computed. sizes: tile sizes for given lengths.
+    window: of some sequences and query heads, outside of which nothing need be computed. sizes: tile sizes for so many
+    queries and keys, and sequences in their group.
     """
-    for (seqlen_q, seqlen_k), members in _groups(lengths).items():
-        tiles = sizes(seqlen_q, seqlen_k)
+    for (seqlen_q, seqlen_k), members in groups(lengths).items():
+        tiles = sizes(seqlen_q, seqlen_k, len(members))
         at_once = max(1, tiles.batch_heads // nheads_k)
         heads_at_once = min(nheads_k, tiles.batch_heads)
         for first in range(0, len(members), at_once):

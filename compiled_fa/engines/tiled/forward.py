@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
+from ...tuning import on
+from . import large
 from .call import Call
 from .chunks import Chunk
 from .keys import Keys
@@ -21,6 +23,8 @@ def forward(problem: Problem, tiles: TileSizes | None = None) -> tuple[Tensor, T
 
     tiles: sizes to use in place of those of tiles.py.
     """
+    if on(problem.q.device).tiled.memory_parts:
+        return large.forward(problem, tiles)
     call = Call(problem, tiles)
     q, v = problem.q, problem.v
     out = call.results((*q.shape[:-1], v.shape[-1]))

@@ -41,6 +41,19 @@ def _split(rows: Tensor, pairs_per_sequence: int) -> Tensor:
     return rows.view(*rows.shape[:2], pairs_per_sequence, -1, rows.shape[-1])
 
 
+def is_regular(tensor: Tensor) -> bool:
+    """Is it made of rows (head_dim) that lie a multiple of head_dim apart, so that `flattened` can take it?"""
+    head_dim, strides = tensor.shape[-1], tensor.stride()
+    return (strides[-1] == 1 or head_dim == 1) and not any(stride % head_dim for stride in strides[:-1])
+
+
+def flattened(tensor: Tensor) -> Tensor:
+    """Its memory as (., head_dim): row and head of it are at the sum of their numbers times strides / head_dim."""
+    head_dim, strides = tensor.shape[-1], tensor.stride()
+    count = 1 + sum((size - 1) * stride // head_dim for size, stride in zip(tensor.shape, strides, strict=True))
+    return tensor.as_strided((count, head_dim), (head_dim, 1))
+
+
 class DenseRows:
     """(batch, seqlen, nheads, head_dim); sequences are consecutive, so that the device is sent nothing."""
 
@@ -126,9 +139,7 @@ class PackedRows:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Memory as (., head_dim), which of it every row and head of a tile is, and which of these are missing."""
         tensor = self._regular(tensor)
-        head_dim, strides = tensor.shape[-1], tensor.stride()
-        count = 1 + sum((size - 1) * stride // head_dim for size, stride in zip(tensor.shape, strides, strict=True))
-        flat = tensor.as_strided((count, head_dim), (head_dim, 1))
+        head_dim, strides, flat = tensor.shape[-1], tensor.stride(), flattened(tensor)
         if self._tables_of is not sequences:  # tables are for the tensors of one chunk
             self._tables_of = sequences
             self._tables.clear()
@@ -141,14 +152,9 @@ class PackedRows:
             self._tables[key] = places.flatten(), missing
         return flat, *self._tables[key]
 
-    def _is_regular(self, tensor: Tensor) -> bool:
-        """Is it made of rows a multiple of head_dim apart?"""
-        head_dim, strides = tensor.shape[-1], tensor.stride()
-        return (strides[-1] == 1 or head_dim == 1) and not any(stride % head_dim for stride in strides[:-1])
-
     def _regular(self, tensor: Tensor) -> Tensor:
-        """The tensor, or once a call a copy of it, if its rows are not."""
-        if self._is_regular(tensor):
+        """The tensor, or once a call a copy of it, if it is not made of rows a multiple of head_dim apart."""
+        if is_regular(tensor):
             return tensor
         if id(tensor) not in self._copies:
             self._copies[id(tensor)] = tensor, tensor.contiguous()  # the tensor too, to keep its id
@@ -201,7 +207,7 @@ class PagedRows(PackedRows):
 
     def load(self, tile: Tensor, tensor: Tensor, sequences: Sequence[int], start: int, stop: int, heads: slice) -> None:
         # Of rows at odd distances `_regular` would copy all blocks, also those of others.
-        if self._is_regular(tensor) or self.view(tensor, sequences, start, stop, heads) is not None:
+        if is_regular(tensor) or self.view(tensor, sequences, start, stop, heads) is not None:
             super().load(tile, tensor, sequences, start, stop, heads)
             return
         chosen, row = self.numbers(sequences), torch.arange(start, stop, device=self._first.device)

@@ -32,9 +32,11 @@ class Scratch:
         if self.device.type == "cpu":
             return _kept.take(name, shape, dtype)
         size = prod(shape)
-        buffer = self._buffers.get((name, dtype))
+        buffer = self._buffers.pop((name, dtype), None)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+            buffer = None  # given back before there is another
+            buffer = torch.empty(size, dtype=dtype, device=self.device)
+        self._buffers[name, dtype] = buffer
         return buffer[:size].view(shape)
 
     def __enter__(self) -> Scratch:

@@ -26,7 +26,7 @@ class TileSizes:
     multiple: int = 1
 
 
-def _even(length: int, largest: int) -> int:
+def even(length: int, largest: int) -> int:
     """Tile size at most `largest` that cuts a length into equal parts, so that no tile is nearly empty."""
     parts = -(-length // largest)
     return -(-length // max(parts, 1))
@@ -63,7 +63,7 @@ def choose(
     """
     tuned = current().tiled
     if direction == "forward" and thin(seqlen_q, seqlen_k, heads_per_key):
-        keys = _even(seqlen_k, tuned.thin_tile_keys)
+        keys = even(seqlen_k, tuned.thin_tile_keys)
         return TileSizes(seqlen_q, keys, nheads_k * max(1, tuned.thin_tile_keys // seqlen_k))
     half, banded = itemsize < 4, window != Window()
     multiple = 1
@@ -75,7 +75,7 @@ def choose(
         rows = tuned.banded_tile // (1 if half or None in window else 2)
     elif banded:
         keys = tuned.banded_tile
-    queries, keys = _even(seqlen_q, max(1, rows // heads_per_key)), _even(seqlen_k, keys)
+    queries, keys = even(seqlen_q, max(1, rows // heads_per_key)), even(seqlen_k, keys)
     # Copies that a pair holds, in rows: k and v; or q and dout, and dq.
     copied = seqlen_k if direction == "forward" else 2 * heads_per_key * seqlen_q
     scores = max(1, heads_per_key * queries * keys * itemsize)
