@@ -495,6 +495,8 @@ BAD = [
     bad("cache_leftpad must be from 0 to the row's cache_seqlens, 5, got -1", cache_leftpad=ints(-1, 0)),
     bad("cache_leftpad must be of dtype int32, got torch.int64", TypeError, cache_leftpad=torch.tensor([0, 1])),
     bad("block_table must be of dtype int32, got torch.int64", TypeError, block_table=torch.tensor([[0], [1]])),
+    bad("k_cache must be of pages of at least 1 row, got 0", k_cache=torch.zeros(2, 0, 2, 8),
+        v_cache=torch.zeros(2, 0, 2, 8), **paged([0], [1])),
     bad("block_table must be of one row a sequence, 2, got 1", **paged([0])),
     bad("block_table must be (batch, max_num_blocks_per_seq), got shape (2,)", block_table=ints(0, 1)),
     bad("block_table must be of enough pages of 12 for 10 keys and 3 new ones, got 1", cache_seqlens=ints(5, 10),
