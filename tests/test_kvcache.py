@@ -19,9 +19,10 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compiled_fa
-from compiled_fa import clear_caches, flash_attn_func, flash_attn_with_kvcache
+from compiled_fa import clear_caches, flash_attn_func, flash_attn_with_kvcache, tuning
 from compiled_fa.engines import split_kv, tiled
 from compiled_fa.engines.split_kv import decode
+from compiled_fa.tuning.gpu_tiles import GPU
 
 OP = torch.ops.compiled_fa.attention_with_kvcache
 
@@ -98,6 +99,12 @@ class OnEngine:
 def test_tiled(call):
     """As on a GPU, too, where the host does not know the lengths beforehand."""
     OnEngine(tiled).run(kv.make(call), unread=call.seed % 2 == 0)
+
+
+@given(call=kv.calls())
+def test_tiles_of_a_gpus_size(call):
+    with tuning.using(GPU):
+        OnEngine(tiled).run(kv.make(call), unread=call.seed % 2 == 0)
 
 
 @given(call=kv.calls())

@@ -175,5 +175,7 @@ class _InPages(_Gathered):
         size = self._call.problem.k.shape[1]
         sequence = self._numbers[0].view(-1, 1).long()
         row = self._row.expand(len(self._chunk.sequences), 1, self._length, 1)[:, 0, :, 0]
+        if packed.first_keys is not None:
+            row = row + packed.first_keys[sequence]
         block = packed.block_table[sequence, (row // size).long()].long()
         return (block * strides[0] + (row % size) * strides[1])[:, None, :, None], 1
