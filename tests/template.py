@@ -45,8 +45,19 @@ class Template:
         return score if full else torch.where(self.mods.mask(*at, *self.buffers), score, -math.inf)
 
 
+def check_strides(spec: Spec, inputs):
+    """As a compiled kernel checks them: all but those of dimensions of size 1."""
+    for x, (row, head) in zip(inputs, spec.strides, strict=False):
+        expected = x.shape[2] * row, head, row, 1
+        assert all(s == e for n, s, e in zip(x.shape, x.stride(), expected, strict=True) if n != 1), (
+            x.shape,
+            x.stride(),
+        )
+
+
 def run(spec: Spec, inputs):
     """In place of flex.run."""
+    check_strides(spec, inputs)
     return (forward if spec.direction == "forward" else backward)(spec, *inputs)
 
 

@@ -19,7 +19,7 @@ from compiled_fa.engines import fused
 from compiled_fa.engines.fused import attention, flex
 from compiled_fa.engines.fused.aligned import Aligned
 from compiled_fa.engines.fused.blocks import BLOCK, Lengths, block_tables
-from compiled_fa.engines.fused.layouts import DenseLayout, _dense_block_tables, layout_of
+from compiled_fa.engines.fused.layouts import DenseLayout, _dense_block_tables, canonical, layout_of
 from compiled_fa.problem import Packed, Problem
 from compiled_fa.scores import Window
 
@@ -242,6 +242,31 @@ def test_strides(layout, monkeypatch):
     for found, other in zip(gradients, torch.autograd.grad(expected.sum(), exact), strict=True):
         assert torch.allclose(found, other.float(), atol=1e-4)
     assert seen == [layout == "qkv packed"] * 2
+
+
+@given(
+    st.tuples(*[st.integers(1, 3)] * 3, st.sampled_from([16, 24])),
+    st.permutations(range(4)),
+    st.lists(st.integers(0, 4096), min_size=4, max_size=4),
+)
+def test_strides_of_dimensions_of_size_1_mean_nothing(shape, order, numbers):
+    """However they lie and whatever stands there: the rows of a batch behind each other, heads within a row."""
+    by_place = torch.randn([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(4)])
+    strides = [numbers[dim] if shape[dim] == 1 else by_place.stride(dim) for dim in range(4)]
+    x = by_place.as_strided(shape, strides)
+    found = canonical(x)
+    batch, heads, rows, columns = shape
+    _, head, row, column = found.stride()
+    assert torch.equal(found, x)
+    assert column == 1
+    assert head >= columns
+    assert row >= heads * head
+    assert found.stride(0) == rows * row
+
+
+def test_one_query_as_a_rotary_leaves_it_is_not_copied():
+    q = torch.randn(2, 16, 1, 64)  # (B, H, 1, D), contiguous
+    assert canonical(q).data_ptr() == q.data_ptr()
 
 
 def test_it_says_why_it_cannot_serve():

@@ -157,10 +157,12 @@ def canonical(x: Tensor) -> Tensor:
     """(B, H, S, D) as views of dense and qkv-packed tensors are: heads within a row, and S rows a batch; others are
     copied.
 
-    That a kernel is compiled for, with the strides of rows and heads fixed in it: lengths are no part of them.
+    That a kernel is compiled for, with the strides of rows and heads fixed in it: lengths are no part of them. The
+    stride of a dimension of size 1 is nobody's: any number may stand there.
     """
     batch, heads, rows, columns = x.shape
-    row, head = x.stride(2), x.stride(1) if heads > 1 else columns
+    head = x.stride(1) if heads > 1 else columns
+    row = x.stride(2) if rows > 1 else x.stride(0) if batch > 1 else heads * head
     if x.stride(3) == 1 and head >= columns and row >= heads * head and (batch == 1 or x.stride(0) == rows * row):
         return x.as_strided((batch, heads, rows, columns), (rows * row, head, row, 1))
     return x.transpose(1, 2).contiguous().transpose(1, 2)
