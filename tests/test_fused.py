@@ -255,7 +255,7 @@ def test_strides_of_dimensions_of_size_1_mean_nothing(shape, order, numbers):
     strides = [numbers[dim] if shape[dim] == 1 else by_place.stride(dim) for dim in range(4)]
     x = by_place.as_strided(shape, strides)
     found = canonical(x)
-    batch, heads, rows, columns = shape
+    _, heads, rows, columns = shape
     _, head, row, column = found.stride()
     assert torch.equal(found, x)
     assert column == 1
