@@ -8,12 +8,9 @@ import torch
 from compiled_fa.engines.fused.mods import Features
 from compiled_fa.engines.fused.options import capability_of, options_for
 from compiled_fa.problem import Direction
-from compiled_fa.scores import Window
 from compiled_fa.tuning.gpu import TURING
 
-PLAIN = Features(
-    softmax_scale=1.0, softcap=None, alibi=False, window=Window(None, 0), threshold=None, packed=False, square=True
-)
+PLAIN = Features()
 
 
 def test_the_table_is_whole():
@@ -39,11 +36,11 @@ def test_the_next_head_dim_up_serves(head_dim, entry):
 @pytest.mark.parametrize(
     ("changed", "entry"),
     [
-        ({"packed": True, "square": False}, "packed"),
-        ({"window": Window(64, 64)}, "dense"),
-        ({"softcap": 20.0}, "many"),
+        ({"layout": "packed"}, "packed"),
+        ({"layout": "padded"}, "packed"),
+        ({"softcap": True}, "many"),
         ({"alibi": True}, "many"),
-        ({"threshold": 0}, "many"),
+        ({"dropout": True}, "many"),
     ],
     ids=str,
 )

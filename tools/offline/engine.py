@@ -1,19 +1,25 @@
-"""The fused engine's kernels, traced and lowered as the engine does it, compiled for sm_75."""
+"""The fused engine's graphs, traced and lowered as the engine does it, and their kernels compiled for sm_75."""
 
+import re
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
-from compiled_fa.engines.fused.flex import Spec
+from compiled_fa.engines.fused.kernels import Spec
+from compiled_fa.engines.fused.tables import Shape
 from compiled_fa.inductor import graphs
 from tools.offline import fake_t4
 from tools.offline.compile import Compiled, KernelSource, compile_source
 
 # Inductor's pattern matcher and constant folding run on real tensors of the device.
-_CONFIG = {
+CONFIG: dict[str, Any] = {
     "force_disable_caches": True,
     "compile_threads": 1,
     "pattern_matcher": False,
     "joint_graph_constant_folding": False,
 }
+
+ATTENTION = "triton_tem"  # how Inductor names a template's kernels
 
 
 class _Unlaunched:
@@ -22,22 +28,66 @@ class _Unlaunched:
     def run(self, *args: object, **kwargs: object) -> None: ...
 
 
+class Written:
+    """What Inductor writes for a T4 meanwhile: kernels by name, and wrapper code. For a process of its own."""
+
+    def __init__(self) -> None:
+        fake_t4.install()
+        self.kernels: dict[str, str] = {}
+        self.wrapper = ""
+
+    def __enter__(self) -> "Written":
+        import torch._inductor.async_compile as async_compile
+        from torch._inductor.graph import GraphLowering
+
+        def triton(_: object, name: str, source: str, device_str: str = "cuda") -> _Unlaunched:
+            self.kernels[name] = source
+            return _Unlaunched()
+
+        def keep(code: str) -> None:
+            self.wrapper += code
+
+        self._patches = (
+            mock.patch.object(async_compile.AsyncCompile, "triton", triton),
+            mock.patch.object(GraphLowering, "save_output_code", keep),
+        )
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+    @property
+    def launches(self) -> list[str]:
+        """Names of kernels, in the order of launches."""
+        return re.findall(r"^\s*(\w+)\.run\(", self.wrapper, re.MULTILINE)
+
+
+def written(function: Callable[..., Any], example_inputs: Callable[[graphs.Size], Any]) -> Written:
+    """What Inductor writes for a function."""
+    with Written() as found:
+        graphs.compile_graph(function, example_inputs, dict(CONFIG))
+    return found
+
+
+def launches_of_call(spec: Spec) -> list[str]:
+    """The kernels that a call of this spec launches, in order. Call it in a process of its own."""
+    return written(spec.function, lambda size: spec.example_inputs("cuda", size)).launches
+
+
+def launches_of_tables(shape: Shape) -> list[str]:
+    """The kernels that make tables, in order. Call it in a process of its own."""
+    return written(shape.function, lambda size: shape.example_inputs("cuda", size)).launches
+
+
 def capture(spec: Spec) -> KernelSource:
     """The attention kernel that Inductor writes for this spec on a T4. Call it in a process of its own."""
-    fake_t4.install()
-    import torch._inductor.async_compile as async_compile
-
-    sources: dict[str, str] = {}
-
-    def triton(compiler: object, name: str, source: str, device_str: str = "cuda") -> _Unlaunched:
-        sources[name] = source
-        return _Unlaunched()
-
-    with mock.patch.object(async_compile.AsyncCompile, "triton", triton):
-        graphs.compile_graph(spec.graph(), lambda size: spec.example_inputs("cuda", size), dict(_CONFIG))
-    # Beside it are pointwise kernels: lse's change of base, delta's.
-    (kernel,) = (KernelSource(name, text) for name, text in sources.items() if name.startswith("triton_tem"))
-    return kernel
+    found = written(spec.function, lambda size: spec.example_inputs("cuda", size)).kernels
+    # With dropout, forward has a second pass, whose kernel is the shorter one.
+    templates = [KernelSource(name, text) for name, text in found.items() if name.startswith(ATTENTION)]
+    return max(templates, key=lambda kernel: len(kernel.text))
 
 
 def compile_spec(spec: Spec, *, turing: bool) -> Compiled:

@@ -30,9 +30,9 @@ def options_for(
 
 def _feature_class(features: Features) -> str:
     """What of the features costs registers, and cycles of other units than the tensor cores."""
-    if features.alibi or features.softcap is not None or features.threshold is not None:
+    if features.alibi or features.softcap or features.dropout:
         return "many"
-    return "packed" if features.packed else "dense"
+    return "dense" if features.layout == "dense" else "packed"
 
 
 def _class(head_dim: int) -> int:
