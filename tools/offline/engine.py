@@ -93,3 +93,60 @@ def capture(spec: Spec) -> KernelSource:
 def compile_spec(spec: Spec, *, turing: bool) -> Compiled:
     """The attention kernel of a spec, by stock Triton or with the project's stage; see capture()."""
     return compile_source(capture(spec), turing=turing)
+
+
+def launches_of_layers(layers: int, lengths: int, packed: bool, dynamic: bool = False, **options: Any) -> Written:
+    """What Inductor writes for a training step of attention layers after each other, as under torch.compile: their ops,
+    traced and decomposed. Autograd needs a CUDA build, so its calls are written out here.
+
+    lengths: of sequences, and rows in all where they are packed. dynamic: rows are a symbol. options: the op's. For a
+    process of its own.
+    """
+    fake_t4.install()
+    import torch
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    import compiled_fa  # noqa: F401 - its ops
+    from compiled_fa.inductor import lowering
+
+    heads, head_dim = 4, 64
+    ours = torch.ops.compiled_fa
+    lowering.tell_inductor()
+    forward, backward = (
+        (ours.varlen_attention, ours.varlen_attention_backward) if packed else (ours.attention, ours.attention_backward)
+    )
+
+    def step(x: torch.Tensor, gradient: torch.Tensor, *sums: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        packing = (sums[0], sums[0], lengths, lengths) if packed else ()
+        saved = []
+        for _ in range(layers):
+            q, k, v = x * 2.0, x * 3.0, x * 5.0
+            out, lse = forward(q, k, v, *packing, **options)
+            saved.append((out, lse, q, k, v))
+            x = x + out
+        for out, lse, q, k, v in reversed(saved):
+            dq, dk, dv = backward(gradient, None, out, lse, q, k, v, *packing, **options)
+            gradient = gradient + dq + dk + dv
+        return x, gradient
+
+    mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
+    with mode:
+        rows = graphs.symbolic_sizes(mode)("rows", lengths) if dynamic else lengths
+        shape = (rows, heads, head_dim) if packed else (2, rows, heads, head_dim)
+        x, gradient = (torch.empty(shape, dtype=torch.float16, device="cuda") for _ in range(2))
+        sums = [torch.empty(3, dtype=torch.int32, device="cuda")] if packed else []
+        graph = make_fx(step, decomposition_table=select_decomp_table())(x, gradient, *sums)
+    with (
+        Written() as found,
+        torch._inductor.config.patch(CONFIG),
+        torch._guards.tracing(torch._guards.TracingContext(mode)),
+    ):
+        from torch._functorch.compile_utils import fx_graph_cse
+
+        graph = torch.fx.GraphModule(graph, fx_graph_cse(graph.graph))  # as AOTAutograd does
+        compile_fx_inner(graph, [x, gradient, *sums])
+    return found

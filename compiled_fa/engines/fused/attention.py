@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import turing
+from ...inductor import lowering
 from ...inductor.graphs import is_known, is_traced
 from ...messages import say_once
 from ...problem import Direction, Problem
@@ -73,8 +74,9 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
 
 
 def inlines(problem: Problem) -> bool:
-    """Its kernels are compiled by themselves."""
-    return False
+    """In a graph of CUDA tensors a call is the template's operators and those of its tables, whatever the sizes: layers
+    share the tables, since common subexpressions are computed once."""
+    return problem.q.device.type == "cuda"
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,9 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
     capability = capability_of(device)
     if capability == TURING:
         _prepare(q.dtype)
-    head_dims = q.shape[-1], problem.v.shape[-1]
+    # Of a graph's sizes, these are in its code: heads and their dimensions.
+    nheads, nheads_k = int(q.shape[-2]), int(problem.k.shape[-2])
+    head_dims = int(q.shape[-1]), int(problem.v.shape[-1])
     layout = tables.layout_of(problem, direction)
     features = _features(problem, layout)
     options = options_for(direction, max(head_dims), q.dtype, features, capability)
@@ -125,8 +129,8 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
         direction,
         features,
         q.dtype,
-        q.shape[-2],
-        problem.k.shape[-2],
+        nheads,
+        nheads_k,
         *head_dims,
         tuple((x.stride(-3), x.stride(-2)) for x in wide.values()),
         _divisible(problem, layout),
@@ -143,7 +147,7 @@ def _features(problem: Problem, layout: Layout) -> Features:
 
 
 def _numbers(problem: Problem, features: Features) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"softmax_scale": problem.softmax_scale}
+    numbers: dict[str, Any] = {"softmax_scale": float(problem.softmax_scale)}
     if features.softcap:
         numbers["softcap"] = problem.softcap
     if features.dropout:
@@ -169,6 +173,15 @@ def _divisible(problem: Problem, layout: Layout) -> bool:
         return False
     q, k = (problem.q.shape[1], problem.k.shape[1]) if layout == "dense" else (problem.q.shape[0], problem.k.shape[0])
     return is_known(q % BLOCK == 0) and is_known(k % BLOCK == 0)
+
+
+def _before_graphs() -> None:
+    """A graph that Inductor has in its caches may be loaded without being traced: then nothing here is called."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == TURING and not turing.missing():
+        turing.enable()
+
+
+lowering.prepare(_before_graphs)
 
 
 def _prepare(dtype: torch.dtype) -> None:

@@ -120,6 +120,21 @@ def at(x: Tensor, *indices: Tensor) -> Tensor:
     return found
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """As an operator; see `at`."""
+    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
+def stored(x: Tensor) -> Tensor:
+    """Computed once, into memory, for functions that the template inlines: Inductor would inline it, too."""
+    strides: list[Size] = []
+    stride: Size = 1
+    for size in reversed(x.shape):
+        strides.append(stride)
+        stride = stride * size
+    return contiguous(x).as_strided(x.shape, strides[::-1])
+
+
 def bounded(window: Window) -> Window:
     """With a number on both sides."""
     sides: tuple[Any, ...] = window
@@ -139,9 +154,10 @@ def widths(
     if not same:
         return k.blocks, q.blocks
     left, right = bounded(window)
-    reach = min(left, longest_k - 1) + min(right, longest_q - 1)
+    least = torch.sym_min  # of symbols, which min would compare, and make it a graph for such sizes
+    reach = least(left, longest_k - 1) + least(right, longest_q - 1)
     width = (BLOCK + reach) // BLOCK + 2
-    return min(width, k.blocks), min(width, q.blocks)
+    return least(width, k.blocks), least(width, q.blocks)
 
 
 def query_rows(window: Window, q: Sequences, k: Sequences, sequence: Tensor, index: Tensor) -> RowTables:

@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ...problem import Direction
 from ...scores import Dropout
-from .blocks import BLOCK, BlockTables, at
+from .blocks import BLOCK, BlockTables, at, contiguous, stored
 from .mods import LOG2E, MASK_BUFFERS, Features, Mods
 
 SMALLEST_HEAD_DIM = 16  # tl.dot takes no less: smaller ones are padded with zeros, which change no product
@@ -91,7 +91,7 @@ class Graph:
             lse = at(lse.transpose(1, 2).flatten(0, 1), given["home"]).transpose(0, 1)
         elif given["q"].dim() == 3:
             out, lse = out.squeeze(0), lse.squeeze(0)
-        return _contiguous(out), _contiguous(lse / LOG2E)
+        return contiguous(out), contiguous(lse / LOG2E)
 
     def _pass(self, given: Arguments, dropping: bool, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         mods = self._mods(given, dropping)
@@ -118,7 +118,7 @@ class Graph:
             sequence = torch.arange(q.shape[0], dtype=torch.int32, device=q.device).view(-1, 1, 1)
             index = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
         low, high = Dropout(given["seed"], given["threshold"]).row(sequence, head, index)
-        return {**given, "low": _stored(low), "high": _stored(high)}
+        return {**given, "low": stored(low), "high": stored(high)}
 
     def _backward(self, given: Arguments) -> tuple[Tensor, ...]:
         q, k, v = _queries(given["q"], given), _keys(given["k"], given), _keys(given["v"], given)
@@ -135,7 +135,7 @@ class Graph:
             delta = (out * dout).sum(-1)  # FlashAttention-2, Algorithm 2, line 4
             delta = (delta if dlse is None else delta - dlse) * keep
             given = self._with_hash(given, q)
-            lse, delta = _stored(lse), _stored(delta)
+            lse, delta = stored(lse), stored(delta)
             out, dlse, buffers = torch.zeros_like(out), -delta, {"lse": lse, "delta": delta}
         mods = self._mods(given, self.features.dropout)
         dq, dk, dv, *_ = _operators().flex_attention_backward(
@@ -155,21 +155,7 @@ class Graph:
             tuple(given[name] for name in MASK_BUFFERS),
         )
         gradients = (_columns(x, given[of]).transpose(1, 2) for x, of in ((dq, "q"), (dk, "k"), (dv, "v")))
-        return tuple(_contiguous(x if batched else x.squeeze(0)) for x in gradients)
-
-
-def _stored(x: Tensor) -> Tensor:
-    """Computed once, into memory, for functions that the template inlines: Inductor would inline it, too."""
-    strides, stride = [], 1
-    for size in reversed(x.shape):
-        strides.append(stride)
-        stride = stride * size
-    return x.as_strided(x.shape, strides[::-1])
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    """As an operator; see `at`."""
-    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+        return tuple(contiguous(x if batched else x.squeeze(0)) for x in gradients)
 
 
 def _columns(x: Tensor, like: Tensor) -> Tensor:

@@ -95,6 +95,8 @@ class Mods:
         dropout = self._program(given).dropout
         if dropout is None:
             raise ValueError("this kernel has no dropout")
+        # A tracer shows columns of 32 bits, in which a graph wraps around; whoever runs it may have them in 64.
+        column = column.to(torch.int64).to(torch.int32)
         if self.features.layout != "dense":
             column = column - self._of_row(given["key_start"], batch, row)
         return dropout.keep_in_row((given["low"][batch, head, row], given["high"][batch, head, row]), column)

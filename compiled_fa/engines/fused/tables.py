@@ -27,6 +27,7 @@ from .blocks import (
     Sequences,
     Size,
     bounded,
+    stored,
     tables_of_rows,
     tables_of_sequences,
     widths,
@@ -156,7 +157,8 @@ def traced(problem: Problem, layout: Layout) -> Tables:
     packed = problem.packed
     sums = () if packed is None else (packed.cu_seqlens_q, packed.cu_seqlens_k)
     sizes = sizes_of(problem, layout)
-    return shape_of(problem, layout).tables(sizes, bounded(problem.window), problem.q.device, *sums)
+    found = shape_of(problem, layout).tables(sizes, bounded(problem.window), problem.q.device, *sums)
+    return {name: stored(x) for name, x in found.items()}
 
 
 def shape_of(problem: Problem, layout: Layout) -> Shape:
@@ -176,8 +178,8 @@ def sizes_of(problem: Problem, layout: Layout) -> Sizes:
     q, k = Sequences(0, 0, rows_q), Sequences(0, 0, rows_k)
     longest_q, longest_k = packed.max_seqlen_q, packed.max_seqlen_k
     if layout == "padded":  # of one sequence's blocks, which begin anywhere
-        width = min((longest_k + (BLOCK - 2)) // BLOCK + 1, k.blocks)
-        return Sizes(rows_q, rows_k, table, block_size, max(longest_q, 1), max(width, 1), 1)
+        width = torch.sym_min((longest_k + (BLOCK - 2)) // BLOCK + 1, k.blocks)
+        return Sizes(rows_q, rows_k, table, block_size, torch.sym_max(longest_q, 1), torch.sym_max(width, 1), 1)
     return Sizes(
         rows_q, rows_k, table, block_size, 0, *widths(problem.window, lie_alike(packed), q, k, longest_q, longest_k)
     )
