@@ -154,7 +154,7 @@ def widths(
     if not same:
         return k.blocks, q.blocks
     left, right = bounded(window)
-    least = torch.sym_min  # of symbols, which min would compare, and make it a graph for such sizes
+    least: Any = torch.sym_min  # of symbols, which min would compare, and make it a graph for such sizes
     reach = least(left, longest_k - 1) + least(right, longest_q - 1)
     width = (BLOCK + reach) // BLOCK + 2
     return least(width, k.blocks), least(width, q.blocks)
