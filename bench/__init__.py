@@ -9,6 +9,7 @@ float64, those that are right are timed in turns, and what comes out is a record
     parity.py      is what a peer computes attention? Only then is it timed
     timing.py      in turns, median and interquartile range
     race.py        one case: parity, then time
+    choice.py      how good is the choice of engines? Random calls, each by all that could serve it
     processes.py   measurements that need a process of their own: peak memory (peak.py), first use (first_use.py)
     records.py     JSON lines, and what identifies a measurement
     table.py       the same for the eye: ours, and ours / peer

@@ -11,19 +11,23 @@ from typing import Any
 
 import torch
 
-from . import table
+from compiled_fa.tuning import described as described_tuning
+from compiled_fa.tuning.classes import cpu_class
+
+from . import choice, table
 from .peers import PEERS
 from .processes import first_use_records, memory_records
 from .progress import Progress
 from .race import race
-from .records import ROOT, Writer, circumstances, described, of_outcome
+from .records import ROOT, Writer, circumstances, cpu_model, described, of_outcome
 from .suites import RACES, Entry, memory
 
-SUITES = (*RACES, "memory", "compile")
+SUITES = (*RACES, "memory", "compile", "choice")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
 published (the shapes of flash-attention's README, for a GPU), memory (peaks, each in a process of its own), compile
-(first use in a new process, cache cold and warm).
+(first use in a new process, cache cold and warm), choice (random calls on a CPU: how much slower is auto than
+the fastest engine? --calls of them, of --seed; the first time they compile for minutes).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 
 
@@ -39,8 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="tiny cases and few rounds: to see that it works, not to be quoted")
     add("--match", default="", metavar="TEXT", help="only cases whose label contains this, such as 'D64 fp32 causal'")
     add("--peers", metavar="NAMES", help="only these peers, separated by commas; ours is always among them")
-    add("--seconds", type=float, default=5.0, help="about how long a case is timed (default: 5)")
+    add("--seconds", type=float, default=5.0, help="about how long a case is timed (default: 5; choice: at most half)")
     add("--rounds", type=int, help="rounds of a case, in place of --seconds")
+    add("--calls", type=int, default=choice.CALLS, help=f"random calls of choice (default: {choice.CALLS})")
+    add("--seed", type=int, default=0, help="of those calls (default: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output", type=Path, metavar="FILE", help="JSON lines (default: bench/results/NAME.jsonl; parts: none)")
     return parser
@@ -105,6 +111,27 @@ def _process_suite(name: str, options: argparse.Namespace, device: torch.device)
     progress.clear()
 
 
+def _choice_suite(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Records of random calls, and what they say of the choice of engines."""
+    if device.type != "cpu":
+        print(f"not on {device.type}: it is about engines on a CPU")
+        return
+    drawn = choice.calls(3 if options.quick else options.calls, options.seed)
+    drawn = [(case, direction) for case, direction in drawn if options.match in case.label]
+    print(f"tuning: {described_tuning()}\n{choice.HEADER}")
+    progress, found = Progress(len(drawn)), []
+    rounds = options.rounds or (3 if options.quick else None)
+    for number, (case, direction) in enumerate(drawn):
+        progress.show(number, f"{case.label}, {direction}")
+        measured = choice.measure(case, direction, options.seconds / 2, rounds)
+        record = {"cpu": cpu_model(), "class": cpu_class(), **choice.record_of(measured)}
+        progress.clear()
+        print(choice.row(record), flush=True)
+        found.append(record)
+        yield record
+    print(*choice.told(found), sep="\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """-> exit status: 1 when a peer, or ours, was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -125,8 +152,12 @@ def main(arguments: list[str] | None = None) -> int:
     shared = Writer(options.output, command) if options.output else None
     for name in options.suites or SUITES:
         print(f"\n{name}")
-        records = (_race_suite if name in RACES else _process_suite)(name, options, device)
-        writer = shared or Writer(RESULTS / f"{name}.jsonl" if whole else None, command)
+        if name == "choice":
+            records, file = _choice_suite(options, device), f"choice_{cpu_class()}.jsonl"
+        else:
+            records = (_race_suite if name in RACES else _process_suite)(name, options, device)
+            file = f"{name}.jsonl"
+        writer = shared or Writer(RESULTS / file if whole else None, command)
         for record in records:
             wrong |= record["status"] == "mismatch"
             writer.write({**known, "suite": name, **record})

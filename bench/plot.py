@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         import matplotlib  # noqa: F401
     except ImportError:
         parser.error("plot needs matplotlib: pip install 'compiled-fa[plots]'")
-    paths = options.files or sorted(RESULTS.glob("*.jsonl"))
+    paths = options.files or sorted(path for path in RESULTS.glob("*.jsonl") if not path.name.startswith("choice"))
     if missing := [path for path in paths if not path.is_file()]:
         parser.error(f"no such file: {missing[0]}")
     records = read(paths)

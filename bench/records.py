@@ -42,6 +42,17 @@ def _processor() -> str:
     return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def cpu_model() -> str:
+    """The CPU's model by name and by its maker's numbers, which tell generations apart that share a name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    said: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        said[name.strip()] = value.strip()
+    named = [said[name] for name in ("model name",) if name in said] or [platform.processor() or platform.machine()]
+    return ", ".join([*named, *(f"{name} {said[name]}" for name in ("cpu family", "model") if name in said)])
+
+
 def circumstances(device: torch.device) -> dict[str, Any]:
     """What identifies the code and the machine of a measurement."""
     return {

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .registration import LIBRARY
+
 
 def register(op: Any, tensors: int) -> None:
     """Batching rule of a dense op whose first `tensors` arguments begin with a batch (or are None)."""
@@ -20,7 +22,7 @@ def register(op: Any, tensors: int) -> None:
                 folded[at] = mapped.flatten(0, 1)
             elif dim is not None:
                 raise NotImplementedError(
-                    f"{op._qualname} under torch.func.vmap maps over q, k and v; alibi_slopes and dropout_seed are "
+                    f"{op._name} under torch.func.vmap maps over q, k and v; alibi_slopes and dropout_seed are "
                     "shared by all of them"
                 )
             elif isinstance(argument, Tensor) and argument.dim() == 2:  # alibi_slopes (batch, nheads)
@@ -28,7 +30,7 @@ def register(op: Any, tensors: int) -> None:
         outputs = op(*folded)
         return tuple(output.unflatten(0, (size, -1)) for output in outputs), (0,) * len(outputs)
 
-    op.register_vmap(rule)
+    torch.library.register_vmap(op, rule, lib=LIBRARY)
 
 
 def one_by_one(op: Any) -> None:
@@ -42,7 +44,7 @@ def one_by_one(op: Any) -> None:
         ]
         return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
 
-    op.register_vmap(rule)
+    torch.library.register_vmap(op, rule, lib=LIBRARY)
 
 
 def refuse(*ops: Any) -> None:
@@ -55,4 +57,4 @@ def refuse(*ops: Any) -> None:
         )
 
     for op in ops:
-        op.register_vmap(rule)
+        torch.library.register_vmap(op, rule, lib=LIBRARY)

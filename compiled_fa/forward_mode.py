@@ -1,10 +1,9 @@
 """Forward-mode AD of the ops: torch.func.jvp, jacfwd and linearize, and the dual tensors of torch.autograd.forward_ad.
 
-torch.library.custom_op knows no forward rule and drops tangents, as if its results were constants.
+torch.library knows no forward rule, and drops tangents as if results were constants.
 
-Private API: torch._library.autograd.make_autograd_impl, torch.autograd.forward_ad._current_level,
-torch._C._functorch.peek_interpreter_stack, torch._C._set_fwd_grad_enabled and torch._guards.TracingContext, tried with
-torch 2.13.0.
+Private API: torch.autograd.forward_ad._current_level, torch._C._functorch.peek_interpreter_stack,
+torch._C._set_fwd_grad_enabled and torch._guards.TracingContext, tried with torch 2.13.0.
 """
 
 from __future__ import annotations
@@ -15,20 +14,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
-from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 
-Results = tuple[Tensor, ...]
+from .registration import Kernel, Results, register_autograd
+
 Rule = Callable[[Sequence[Any], Sequence[Tensor | None], Results], Results]
 
-_LIBRARY = torch.library.Library("compiled_fa", "FRAGMENT")
 
-# custom_op registers its rule for all backends by the name of "Autograd"; one for a backend comes before it.
-_BACKENDS = ("CPU", "CUDA", "XPU", "MPS", "HPU", "IPU", "Lazy", "XLA", "Meta", "PrivateUse1", "NestedTensor", "Other")
+def register(op: Any, differentiated: Kernel, jvp: Any) -> None:
+    """op(q, k, v, *options) has the tangents jvp(q, k, v, tangents of these three, *results of op, *options).
 
-
-def register(op: Any, jvp: Any) -> None:
-    """op(q, k, v, *options) has the tangents jvp(q, k, v, tangents of these three, *results of op, *options)."""
+    differentiated: the op's kernel for autograd, in reverse mode.
+    """
 
     def rule(primals: Sequence[Any], tangents: Sequence[Tensor | None], results: Results) -> Results:
         if any(tangent is not None for tangent in tangents[3:]):
@@ -38,13 +35,12 @@ def register(op: Any, jvp: Any) -> None:
         found: Results = jvp(*primals[:3], *given, *results, *primals[3:])
         return found
 
-    _register(op, rule)
+    _register(op, differentiated, rule)
 
 
-def refuse(*ops: Any) -> None:
+def refuse(op: Any, differentiated: Kernel) -> None:
     """A tangent raises NotImplementedError, as it does in F.scaled_dot_product_attention."""
-    for op in ops:
-        _register(op, None)
+    _register(op, differentiated, None)
 
 
 def differentiated(x: Tensor) -> str | None:
@@ -55,14 +51,12 @@ def differentiated(x: Tensor) -> str | None:
 
 
 def _raise(op: Any, tangents: Sequence[Tensor | None]) -> NoReturn:
-    parameters = zip(op._opoverload._schema.arguments, tangents, strict=False)
+    parameters = zip(op._schema.arguments, tangents, strict=False)
     *_, name = (parameter.name for parameter, tangent in parameters if tangent is not None)
-    raise NotImplementedError(f"{op._qualname} does not support forward-mode AD in {name}, which has a tangent")
+    raise NotImplementedError(f"{op._name} does not support forward-mode AD in {name}, which has a tangent")
 
 
-def _register(op: Any, rule: Rule | None) -> None:
-    differentiated = make_autograd_impl(op._opoverload, op)
-
+def _register(op: Any, differentiated: Kernel, rule: Rule | None) -> None:
     def kernel(keyset: Any, *arguments: Any) -> Any:
         # A look at a tensor takes 5 µs. First, whether there can be tangents at all.
         in_transform = torch._C._functorch.peek_interpreter_stack() is not None
@@ -75,7 +69,7 @@ def _register(op: Any, rule: Rule | None) -> None:
             _raise(op, tangents)
         if not in_transform and TracingContext.try_get() is not None:
             # The graph would enter a level that Python does not know of, and `kernel` would not see it there.
-            raise NotImplementedError(f"{op._qualname} supports torch.func.jvp in compiled code, and no dual_level")
+            raise NotImplementedError(f"{op._name} supports torch.func.jvp in compiled code, and no dual_level")
         # Not of the primals: what is saved keeps its tangents, so that a gradient that would have some is refused.
         enabled = torch._C._is_fwd_grad_enabled()
         torch._C._set_fwd_grad_enabled(False)
@@ -86,8 +80,7 @@ def _register(op: Any, rule: Rule | None) -> None:
         pairs = zip(results, rule(primals, tangents, results), strict=True)
         return tuple(forward_ad.make_dual(result, tangent, level=0) for result, tangent in pairs)
 
-    for backend in _BACKENDS:
-        _LIBRARY.impl(op._opoverload, kernel, f"Autograd{backend}", with_keyset=True)
+    register_autograd(op, kernel)
 
 
 def _unpacked(arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor | None]]:

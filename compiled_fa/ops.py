@@ -16,16 +16,18 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import batching, engines, forward_mode, tangent, validation
+from . import batching, engines, forward_mode, registration, tangent, validation
+from .caches import Cache
 from .inductor import lowering
 from .problem import Options, Packed, Problem
+from .scores import Window
 
 DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim")
 PACKED = ("total_q, nheads, head_dim", "total_k, nheads_k, head_dim")
@@ -37,7 +39,8 @@ OPTIONS = (
 )
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table=None"
 
-STRIDES = (torch.Tag.needs_exact_strides,)  # compiled or not: engines read rows where they lie
+_RightCall = tuple[float, Window, float, float, str]  # what is not a tensor of a problem, and the engine's name
+_right_calls: Cache[Hashable, _RightCall] = Cache("checked calls", entries=1024)
 
 MakeProblem = Callable[..., tuple[Problem, str]]
 
@@ -52,6 +55,32 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tu
 
 
 def _dense_problem(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, str]:
+    """A call like one before it is not checked again: that takes as long as a short call's arithmetic."""
+    signature = _signature(q, k, v, options)
+    if signature is None:
+        return _checked_dense(q, k, v, *options)
+    scale, window, softcap, dropout_p, engine = _right_calls.get(
+        signature, lambda: _remembered(*_checked_dense(q, k, v, *options))
+    )
+    return Problem(q, k, v, scale, window, softcap, None, dropout_p, None, None, signature), engine
+
+
+def _signature(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Hashable | None:
+    """All that checks, and who chooses an engine, may see of a dense call; None: more than shapes and numbers."""
+    for x in (q, k, v):
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return None
+    if any(isinstance(option, (Tensor, torch.SymInt)) for option in options):
+        return None
+    tensors = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v)]
+    return (*tensors, options)
+
+
+def _remembered(problem: Problem, engine: str) -> _RightCall:
+    return problem.softmax_scale, problem.window, problem.softcap, problem.dropout_p, engine
+
+
+def _checked_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, str]:
     validation.qkv(q, k, v, DENSE)
     if k.shape[0] != q.shape[0]:
         validation.refuse("k", f"of q's batch, {q.shape[0]}", k.shape[0])
@@ -95,6 +124,10 @@ def _without_unknown(arguments: tuple[Any, ...]) -> list[Any]:
     return [0 if _unknown(argument) else argument for argument in arguments]
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], results: registration.Results) -> None:
+    """Of a derivative, which has none."""
+
+
 def _double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
     raise RuntimeError("compiled_fa attention can be differentiated once, not twice: its derivatives have none")
 
@@ -115,15 +148,13 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         f"{parameters}) -> (Tensor out_tangent, Tensor lse_tangent)"
     )
 
-    @torch.library.custom_op(f"compiled_fa::{name}", mutates_args=(), schema=forward_schema, tags=STRIDES)
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def compute(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem, engine = make_problem(*arguments)
         _check_values(problem)
         out, lse = engines.select(problem, "forward", engine).engine.forward(problem)
         return out, lse
 
-    @forward.register_fake
-    def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
         lowering.tell_inductor()
         problem, _ = make_problem(*_without_unknown(arguments))
         q, v = problem.q, problem.v
@@ -131,8 +162,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         lse = q.new_empty((*leading, nheads, seqlen), dtype=problem.lse_dtype)
         return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
-    @torch.library.custom_op(f"compiled_fa::{name}_backward", mutates_args=(), schema=backward_schema, tags=STRIDES)
-    def backward(
+    def compute_backward(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem, engine = make_problem(*arguments)
@@ -141,8 +171,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         dq, dk, dv = engines.select(problem, "backward", engine).engine.backward(problem, dout, out, lse, dlse)
         return dq, dk, dv
 
-    @backward.register_fake
-    def _(
+    def fake_backward(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem, _ = make_problem(*_without_unknown(arguments))
@@ -150,8 +179,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         q, k, v = arguments[:3]
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
-    @torch.library.custom_op(f"compiled_fa::{name}_jvp", mutates_args=(), schema=jvp_schema, tags=STRIDES)
-    def jvp(
+    def compute_jvp(
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -167,29 +195,34 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         _check_values(problem)
         return tangent.tangents(problem, q_tangent, k_tangent, v_tangent, out, lse)
 
-    @jvp.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def fake_jvp(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         problem, _ = make_problem(q, k, v, *_without_unknown(arguments[5:]))
         validation.jvp(problem, *arguments[:5])
         out, lse = arguments[3:5]
         return out.new_empty(out.shape), lse.new_empty(lse.shape)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    forward = registration.define(name, forward_schema, compute, fake)
+    backward = registration.define(f"{name}_backward", backward_schema, compute_backward, fake_backward)
+    jvp = registration.define(f"{name}_jvp", jvp_schema, compute_jvp, fake_jvp)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], results: registration.Results) -> None:
         ctx.set_materialize_grads(False)
-        tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
-        ctx.save_for_backward(*output, *tensors)
-        ctx.others = [None if isinstance(argument, Tensor) else (argument,) for argument in inputs]
+        # Tensors among the options are few, and most calls have none.
+        more = [at for at, argument in enumerate(inputs) if at > 2 and isinstance(argument, Tensor)]
+        ctx.save_for_backward(*results, *inputs[:3], *(inputs[at] for at in more))
+        ctx.more, ctx.options = more, [None if at in more else inputs[at] for at in range(3, len(inputs))]
 
     def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, *tensors = ctx.saved_tensors
-        rest = iter(tensors)
-        arguments = [next(rest) if other is None else other[0] for other in ctx.others]
-        nothing: list[Tensor | None] = [None] * (len(arguments) - 3)
+        out, lse, q, k, v, *more = ctx.saved_tensors
+        options = list(ctx.options)
+        for at, tensor in zip(ctx.more, more, strict=True):
+            options[at - 3] = tensor
+        nothing: list[Tensor | None] = [None] * len(options)
         if dout is None and dlse is None:
             return (None, None, None, *nothing)
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv = backward(dout, dlse, out, lse, *arguments)
+        dq, dk, dv = backward(dout, dlse, out, lse, q, k, v, *options)
         return (dq, dk, dv, *nothing)
 
     def forward_in_graph(*arguments: Any) -> Any:
@@ -208,11 +241,9 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
 
     lowering.register(forward, forward_in_graph)
     lowering.register(backward, backward_in_graph)
-    forward.register_autograd(differentiate, setup_context=save)
-    backward.register_autograd(_double_backward)
-    jvp.register_autograd(_double_backward)
-    forward_mode.register(forward, jvp)
-    forward_mode.refuse(backward, jvp)
+    forward_mode.register(forward, registration.differentiable(forward, compute, save, differentiate), jvp)
+    for op, kernel in ((backward, compute_backward), (jvp, compute_jvp)):
+        forward_mode.refuse(op, registration.differentiable(op, kernel, _save_nothing, _double_backward))
     return forward, backward, jvp
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -82,6 +82,7 @@ class Problem:
     """Shapes: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv); packed: the first two dimensions are one, T.
 
     dropout_seed: int64 of one element where dropout_p > 0; without one nothing is dropped.
+    signature: what calls that are checked, and served, alike have in common; None: of this call nobody knows.
     """
 
     q: Tensor
@@ -94,6 +95,7 @@ class Problem:
     dropout_p: float
     dropout_seed: Tensor | None
     packed: Packed | None = None
+    signature: Hashable | None = None
     notes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # of once_a_call
 
     @classmethod

@@ -7,21 +7,25 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import first_use, peers, plot, processes, records
+from bench import choice, first_use, peers, plot, processes, records, timing
 from bench.cases import Case, Direction, Inputs
 from bench.peers import Peer
 from bench.race import race
 from bench.suites import BOTH, RACES, memory
 from bench.themes import THEMES
-from bench.timing import Timing
+from bench.timing import Ratio, Timing
+from compiled_fa import engines
+from compiled_fa.engines import select, tiled
 from compiled_fa.testing.naive import naive_attention
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,6 +158,38 @@ def test_median_and_interquartile_range():
     assert Timing.of([7.0]) == Timing(7.0, 0.0, 1)
 
 
+def test_ratios_are_of_rounds_and_their_spread_is_of_the_median():
+    assert Ratio.of([1.0, 3.0, 2.0]) == Ratio(2.0, 1.0, 3.0, 3)
+    found = Ratio.of([1.0 + number / 100 for number in range(100)])
+    assert (found.low, found.high) == pytest.approx((1.40, 1.59))  # of a hundred, the 41st and the 60th
+    assert found.spread == pytest.approx(0.19 / 1.495)
+
+
+def test_compared_leaves_out_who_has_no_chance(monkeypatch):
+    now = [0.0]
+    called: Counter[str] = Counter()
+
+    def takes(name, seconds):
+        def run():
+            called[name] += 1
+            now[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    runs = {name: takes(name, seconds) for name, seconds in (("auto", 2.0), ("slow", 8.0), ("fast", 1.0))}
+    timings, ratios = timing.compared(runs, CPU, 1e9, spread=0.0, rounds=30, hopeless=0.5)
+    assert {name: ratio.median for name, ratio in ratios.items()} == {"slow": 0.25, "fast": 2.0}
+    assert {name: timing.median for name, timing in timings.items()} == {"auto": 2.0, "slow": 8.0, "fast": 1.0}
+    assert called["slow"] < called["auto"] == called["fast"] == 30 + timing.WARMUP
+    called.clear()
+    timing.compared(runs, CPU, 1e9, spread=0.01)  # exact from the first round on
+    assert called["slow"] == timing.LEAST_COMPARED + timing.WARMUP
+    called.clear()
+    timing.compared(runs, CPU, 100.0, spread=0.0)
+    assert called["slow"] == 10 + timing.WARMUP  # of 11 seconds each
+
+
 def test_command_writes_records_that_can_be_read(tmp_path, capsys):
     file = tmp_path / "records.jsonl"
     arguments = ["dense", "scale", "--quick", "--match", "N64 ", "--peers", "SDPA,naive", "--rounds", "2"]
@@ -175,6 +211,150 @@ def test_command_writes_records_that_can_be_read(tmp_path, capsys):
         assert record["iqr_s"] >= 0
         assert record["rounds"] == 2
         assert record["tflops"] > 0
+
+
+# Random calls
+
+
+def test_random_calls_are_the_same_again_bounded_and_of_all_kinds():
+    found = choice.calls(choice.CALLS)
+    assert choice.CALLS >= 200
+    assert choice.calls(20) == found[:20]
+    assert choice.calls(20, seed=1) != found[:20]
+    for case, direction in found:
+        assert case.score_elements * case.head_dim <= choice.MOST_PRODUCTS
+        assert case.nheads_k * case.head_dim * sum(k for _, k in case.lengths) <= choice.MOST_KEYS
+        assert direction == "forward" or not case.page_size
+    for kind in (
+        lambda case: case.dense and case.max_seqlen_q == case.max_seqlen_k > 1000,
+        lambda case: case.dense and 16 < case.max_seqlen_q < case.max_seqlen_k,
+        lambda case: case.dense and case.max_seqlen_q == 1 < case.max_seqlen_k,
+        lambda case: case.max_seqlen_q <= 4 and case.max_seqlen_k > 10000,
+        lambda case: case.varlen and len(set(case.lengths)) > 50,
+        lambda case: case.page_size,
+        lambda case: case.softcap,
+        lambda case: case.window_size != (-1, -1),
+        lambda case: case.causal and case.heads_per_key > 1,
+        lambda case: case.head_dim == 16,
+        lambda case: case.head_dim == 256,
+        *(lambda case, dtype=dtype: case.dtype == dtype for dtype in choice.DTYPES),
+    ):
+        assert any(kind(case) for case, _ in found)
+
+
+def chosen(regrets: dict[str, float], direction: Direction = "forward", **options: Any) -> choice.Found:
+    """A call of 600 tokens of which engines took so much less time than auto."""
+    case = Case.uniform(600, nheads_k=1, head_dim=16, **options)
+    ways: list[Literal["forward", "backward"]] = ["forward"] if direction == "forward" else ["forward", "backward"]
+    problem = Inputs.of(case).problem()
+    routes = {way: select(problem, way).engine.name for way in ways}
+    timings = {name: Timing(1.0 / ratio, 0.0, 9) for name, ratio in {"auto": 1.0, **regrets}.items()}
+    ratios = {name: Ratio(ratio, ratio, ratio, 9) for name, ratio in regrets.items()}
+    return choice.Found(case, direction, routes, timings, ratios)
+
+
+def test_regret_is_time_of_auto_over_that_of_the_fastest():
+    found = chosen({"sdpa_cpu": 0.99, "tiled": 0.5})
+    assert (found.auto, found.best, found.regret) == ("sdpa_cpu", "sdpa_cpu", 1.0)
+    assert choice.deciding(found) == {}
+    bf16 = chosen({"sdpa_cpu": 1.5, "tiled": 1.01}, dtype=torch.bfloat16)
+    assert (bf16.auto, bf16.best, bf16.regret) == ("tiled", "sdpa_cpu", 1.5)
+    assert choice.deciding(bf16) == {"sdpa_cpu.bf16_tiles_from_keys": 256}
+    pairs = {"sdpa_cpu+sdpa_cpu": 1.2, "sdpa_cpu+tiled": 1.0, "tiled+sdpa_cpu": 0.9}
+    gradients = chosen(pairs, "forward+backward", causal=True)
+    assert (gradients.auto, gradients.best) == ("sdpa_cpu+tiled", "sdpa_cpu+sdpa_cpu")
+    assert choice.deciding(gradients) == {"sdpa_cpu.causal_backward_tiles_from_queries": 257}
+    record = choice.record_of(gradients)
+    assert record["status"] == "chosen"
+    assert record["regret"] == 1.2
+    assert record["engines"]["sdpa_cpu+tiled"] == {
+        "median_s": 1.0, "iqr_s": 0.0, "auto_over_it": 1.0, "spread": 0.0, "rounds": 9
+    }  # fmt: skip
+    lines = choice.told([choice.record_of(one) for one in (found, found, bf16, gradients)], worst=2)
+    assert lines[1:4] == [
+        "  median            1.100  target 1.02: MISSED",
+        "  95th percentile   1.500  target 1.10: MISSED",
+        "  worst             1.500  target 1.30: MISSED",
+    ]
+    told = [
+        f"  1.50 (spread 0%)  {bf16.case.label}, forward: auto took tiled, fastest sdpa_cpu",
+        "        decided by: sdpa_cpu.bf16_tiles_from_keys 256",
+        f"  1.20 (spread 0%)  {gradients.case.label}, forward+backward: auto took sdpa_cpu+tiled, "
+        "fastest sdpa_cpu+sdpa_cpu",
+        "        decided by: sdpa_cpu.causal_backward_tiles_from_queries 257",
+    ]
+    assert lines[5:] == told
+
+
+def test_percentiles():
+    values = [float(number) for number in range(100, 0, -1)]
+    assert [choice.percentile(values, part) for part in (0.0, 0.5, 0.95, 1.0)] == [1.0, 50.0, 95.0, 100.0]
+    assert choice.summary([1.0] * 3 + [2.0]) == {"median": 1.0, "95th percentile": 2.0, "worst": 2.0}
+
+
+def test_every_pair_of_engines_that_could_serve_is_asked():
+    problem = Inputs.of(Case(((1, 300),), dense=True, nheads_k=1)).problem()
+    assert choice.able(problem, "forward") == [("split_kv",), ("sdpa_cpu",), ("tiled",)]
+    pairs = choice.able(problem, "forward+backward")
+    assert pairs == [(f, b) for f in ("split_kv", "sdpa_cpu", "tiled") for b in ("sdpa_cpu", "tiled")]
+    problem = Inputs.of(Case.uniform(40, softcap=3.0, nheads_k=1)).problem()
+    assert choice.able(problem, "forward+backward") == [("tiled", "tiled")]
+
+
+def test_directions_run_by_the_engines_that_are_named(monkeypatch):
+    seen = []
+
+    def recorded(problem, direction, name="auto"):
+        route = select(problem, direction, name)
+        seen.append((direction, route.engine.name))
+        return route
+
+    monkeypatch.setattr(engines, "select", recorded)
+    chosen: list[tuple[Direction, tuple[str, ...]]] = [
+        ("forward", ("tiled",)),
+        ("forward+backward", ("sdpa_cpu", "tiled")),
+    ]
+    for direction, names in chosen:
+        seen.clear()
+        choice.computing(Inputs.of(Case.uniform(20, nheads_k=1)), direction)(names)
+        assert seen == list(zip(("forward", "backward"), names, strict=False))
+
+
+def test_choice_is_measured_and_recorded(monkeypatch, tmp_path, capsys):
+    cases = [
+        (Case.uniform(40, nheads_k=2, causal=True), "forward+backward"),
+        (Case.packed([3, 20, 9], nheads_k=2), "forward"),
+        (Case(((1, 300), (1, 200)), nheads_k=2, page_size=16), "forward"),
+    ]
+    drawn = []
+
+    def calls(count, seed):
+        drawn.append((count, seed))
+        return cases
+
+    monkeypatch.setattr(choice, "calls", calls)
+    file = tmp_path / "choice.jsonl"
+    assert command.main(["choice", "--quick", "--device", "cpu", "--output", str(file)]) == 0
+    assert drawn == [(3, 0)]
+    printed = capsys.readouterr().out
+    assert "regret = time of auto / time of the fastest, 3 calls" in printed
+    found = records.read([file])
+    assert [record["case"] for record in found] == [case.label for case, _ in cases]
+    for record in found:
+        assert {"commit", "machine", "cpu", "class", "threads", "time", "decided_by"} <= record.keys()
+        assert (record["suite"], record["status"]) == ("choice", "chosen")
+        others = {name: times["auto_over_it"] for name, times in record["engines"].items() if name != "auto"}
+        assert record["auto"] in others
+        assert record["regret"] == max(1.0, *others.values())
+        assert record["regret"] == 1.0 or others[record["best"]] == record["regret"]
+
+
+def test_a_wrong_engine_is_told_and_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(choice, "calls", lambda count, seed: [(Case.uniform(40, nheads_k=2), "forward")])
+    forward = tiled.forward
+    monkeypatch.setattr(tiled, "forward", lambda problem: (1.001 * forward(problem)[0], forward(problem)[1]))
+    assert command.main(["choice", "--quick", "--device", "cpu"]) == 1
+    assert "WRONG tiled: out is off by" in capsys.readouterr().out
 
 
 def test_unknown_suites_are_refused(capsys):

@@ -13,8 +13,8 @@ ROOT = Path(compiled_fa.__file__).parent
 
 # From the ground up. A module may import those below its own line, and those of its own package.
 LAYERS = [
-    {"messages", "flattening", "config", "forward_mode", "memory", "seed", "turing", "without_numpy"},
-    {"caches", "tuning"},
+    {"messages", "flattening", "config", "memory", "registration", "seed", "turing", "without_numpy"},
+    {"caches", "forward_mode", "tuning"},
     {"inductor", "scores"},
     {"problem"},
     {"validation"},

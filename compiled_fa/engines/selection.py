@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -11,8 +11,11 @@ from typing import NamedTuple
 import torch
 
 from .. import config
+from ..caches import Cache
+from ..inductor.steps import eager_reason
 from ..messages import say_once
 from ..problem import Direction, Problem
+from ..tuning import Tuning, current
 from . import fused, sdpa_cpu, split_kv, tiled
 from .engine import Engine
 
@@ -28,6 +31,9 @@ ENGINES = _engines(fused, split_kv, sdpa_cpu, tiled)
 _BEFORE_THE_LAST = ENGINES[-2::-1]  # the least preferred first
 
 IN_CONTEXT = "context"  # an engine's name in compiled code: that which use_engine says where the op is called
+
+# By the call's signature, and the table in force, which is held so that no other has its id.
+_served: Cache[Hashable, tuple[Engine, Tuning]] = Cache("routes", entries=2048)
 
 _asked_for: ContextVar[str | None] = ContextVar("compiled_fa engine", default=None)
 _uses, _uses_lock = 0, threading.Lock()  # of use_engine, at the moment, in all threads and tasks
@@ -97,16 +103,25 @@ def select(problem: Problem, direction: Direction, name: str = "auto") -> Route:
         if (reason := engine.unsupported_reason(device, problem, direction)) is not None:
             raise RuntimeError(f"the {name} engine was asked for and cannot serve this call: {reason}")
         return Route(engine, problem, direction)
-    chosen: Engine = ENGINES[-1]
-    for engine in _BEFORE_THE_LAST:
-        defers = engine.defers(problem, direction, chosen.name)
-        if not defers and engine.unsupported_reason(device, problem, direction) is None:
-            chosen = engine
+    if problem.signature is None:
+        chosen = _best(problem, direction)
+    else:
+        key = problem.signature, direction, id(current()), eager_reason()
+        chosen, _ = _served.get(key, lambda: (_best(problem, direction), current()))
     route = Route(chosen, problem, direction)
     if chosen is not ENGINES[0] and device.type != "cpu":
         why = "; ".join(f"not {other}: {reason}" for other, reason in route.refusals())
         say_once(f"the {chosen.name} engine serves on {device.type}, {why}")
     return route
+
+
+def _best(problem: Problem, direction: Direction) -> Engine:
+    chosen: Engine = ENGINES[-1]
+    for engine in _BEFORE_THE_LAST:
+        defers = engine.defers(problem, direction, chosen.name)
+        if not defers and engine.unsupported_reason(problem.q.device, problem, direction) is None:
+            chosen = engine
+    return chosen
 
 
 def inlined(problem: Problem, direction: Direction, name: str = "auto") -> Engine | None:

@@ -27,7 +27,7 @@ _preparations: list[Callable[[], None]] = []
 
 def register(op: Any, rule: Rule) -> None:
     """For the next graph that Inductor compiles."""
-    _untold[op._opoverload] = rule
+    _untold[op] = rule
 
 
 def prepare(function: Callable[[], None]) -> None:

@@ -12,8 +12,11 @@ found by trying stands here. bench/NOTES.md has what was tried.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from .. import config
 from .classes import cpu_class
@@ -21,7 +24,19 @@ from .cpu import TABLES
 from .files import load
 from .form import NEVER, FlexOptions, Fused, SdpaCpu, SplitKV, Tiled, Tuning
 
-__all__ = ["NEVER", "FlexOptions", "Fused", "SdpaCpu", "SplitKV", "Tiled", "Tuning", "current", "described"]
+__all__ = [
+    "NEVER",
+    "FlexOptions",
+    "Fused",
+    "SdpaCpu",
+    "SplitKV",
+    "Tiled",
+    "Tuning",
+    "changed",
+    "current",
+    "described",
+    "using",
+]
 
 _current: Tuning | None = None
 
@@ -46,6 +61,27 @@ def current() -> Tuning:
                 f"that compiled_fa.tuning.files.save wrote, got {asked_for!r}"
             )
     return _current
+
+
+@contextmanager
+def using(table: Tuning) -> Iterator[None]:
+    """This table in place of the one in force, in all threads, while the block runs: to measure what another would do.
+
+    with tuning.using(tuning.changed(split_kv={"split_keys": 8})):
+        ...
+    """
+    global _current
+    before, _current = _current, table
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def changed(**parts: Mapping[str, Any]) -> Tuning:
+    """The table in force with other numbers, by part."""
+    table = current()
+    return replace(table, **{part: replace(getattr(table, part), **numbers) for part, numbers in parts.items()})
 
 
 def described() -> str:
