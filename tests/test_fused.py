@@ -7,6 +7,8 @@ eager flex_attention operators run the same functions on whole matrices.
 import contextlib
 import dataclasses
 import importlib.util
+import types
+from typing import Any
 
 import pytest
 import template
@@ -18,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiled_fa import engines, flash_attn_func, messages, use_engine
 from compiled_fa.engines import fused
-from compiled_fa.engines.fused import attention, tables
+from compiled_fa.engines.fused import attention, kernels, tables
 from compiled_fa.engines.fused.blocks import BLOCK, BlockTables, bounded
 from compiled_fa.engines.fused.kernels import canonical
 from compiled_fa.problem import Packed, Problem
@@ -391,11 +393,21 @@ def test_it_says_why_it_cannot_serve():
     [
         ((7, 0), None, "needs compute capability 7.5, and this device has 7.0"),
         ((8, 0), {"dtype": torch.float64}, "these are fp64"),
-        ((8, 0), {"head_dim": 300}, "head_dim up to 256, and this is 300"),
-        ((8, 0), {"meta": (4, 65536, 64, 128)}, "less than 2**31 elements, and this has 2147483648"),
+        (
+            (8, 0),
+            {"head_dim": 600, "dtype": torch.bfloat16},
+            "in 163 KB of shared memory end at head_dim 512, and this is 600",
+        ),
+        ((8, 0), {"meta": (4, 65536, 64, 128)}, "less than 2**31 elements, and this takes 2147483648"),
         ((8, 0), {}, None),
+        ((8, 6), {"head_dim": 200, "dtype": torch.float32}, None),
+        ((9, 0), {"head_dim": 260, "dtype": torch.float32}, "end at head_dim 256"),
         ((7, 5), {"dtype": torch.bfloat16}, None),
-        ((7, 5), {"dtype": torch.bfloat16, "head_dim": 160}, "for torch.bfloat16 end at head_dim 128, and this is 160"),
+        (
+            (7, 5),
+            {"dtype": torch.bfloat16, "head_dim": 160},
+            "for torch.bfloat16 in 64 KB of shared memory end at head_dim 128, and this is 160",
+        ),
         ((7, 5), {"dtype": torch.float16, "head_dim": 160}, None),
     ],
 )
@@ -430,3 +442,54 @@ def test_without_triton(monkeypatch):
         assert fused.unsupported_reason(torch.device("cuda")) == "Triton is not installed"
     finally:
         attention._missing.cache_clear()
+
+
+# ------------------------------------------------------------------------------------- kernels that cannot be launched
+
+
+@pytest.fixture
+def unlaunchable(monkeypatch):
+    """A machine where the fused engine serves CPU tensors by kernels that are too large for it; counts compilations."""
+    tried: list[str] = []
+
+    def compiled_graph(function, example_inputs, what, **config):
+        tried.append(what)
+        raise RuntimeError("out of resource: shared memory, Required: 345344, Hardware limit: 232448")
+
+    class Device:
+        type = "cuda"
+
+    run = kernels.run
+
+    def on_a_gpu(spec, given):
+        stand_in: Any = types.SimpleNamespace(device=Device())
+        return run(spec, {**given, "q": stand_in})
+
+    monkeypatch.setattr(kernels, "run", on_a_gpu)
+    monkeypatch.setattr("compiled_fa.inductor.graphs.compiled_graph", compiled_graph)
+    monkeypatch.setattr(fused, "unsupported_reason", lambda device, problem=None, direction="forward": None)
+    monkeypatch.setattr(messages, "_said", set())
+    kernels.KERNELS.clear()
+    yield tried
+    kernels.KERNELS.clear()
+
+
+def test_another_engine_serves_in_place_of_a_kernel_that_cannot_be_launched(unlaunchable, caplog):
+    q, k, v = (torch.randn(1, 9, 2, 8, requires_grad=True) for _ in range(3))
+    for _ in range(2):
+        out = flash_attn_func(q, k, v, causal=True)
+        out.sum().backward()
+    with use_engine("tiled"):
+        assert torch.allclose(out, flash_attn_func(q, k, v, causal=True), atol=1e-6)
+    assert len(unlaunchable) == 2  # once a direction: it is known the second time
+    assert caplog.text.count("in place of fused, which cannot") == 2
+    assert "Hardware limit: 232448" in caplog.text
+
+
+def test_asked_for_by_name_a_kernel_that_cannot_be_launched_raises(unlaunchable):
+    q = torch.randn(1, 9, 2, 8)
+    with (
+        use_engine("fused"),
+        pytest.raises(RuntimeError, match=r"asked for and cannot serve this call: .* shared memory"),
+    ):
+        flash_attn_func(q, q, q)

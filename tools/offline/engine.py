@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+from triton.backends.compiler import GPUTarget
+
 from compiled_fa.engines.fused.kernels import Spec
 from compiled_fa.engines.fused.tables import Shape
 from compiled_fa.inductor import graphs
@@ -90,9 +92,13 @@ def capture(spec: Spec) -> KernelSource:
     return max(templates, key=lambda kernel: len(kernel.text))
 
 
-def compile_spec(spec: Spec, *, turing: bool) -> Compiled:
-    """The attention kernel of a spec, by stock Triton or with the project's stage; see capture()."""
-    return compile_source(capture(spec), turing=turing)
+def compile_spec(spec: Spec, *, turing: bool, capability: tuple[int, int] = (7, 5)) -> Compiled:
+    """The attention kernel of a spec, by stock Triton or with the project's stage; see capture().
+
+    capability: of a newer GPU, for which a spec's options are; what Inductor writes is the same.
+    """
+    major, minor = capability
+    return compile_source(capture(spec), turing=turing, target=GPUTarget("cuda", 10 * major + minor, 32))
 
 
 def launches_of_layers(layers: int, lengths: int, packed: bool, dynamic: bool = False, **options: Any) -> Written:

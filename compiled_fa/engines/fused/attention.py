@@ -22,12 +22,9 @@ from .blocks import BLOCK
 from .flex import Graph
 from .kernels import Spec, canonical
 from .mods import Features, Layout
-from .options import capability_of, options_for
+from .options import TURING, capability_of, largest_head_dim, options_for, shared_memory
 
-LARGEST_HEAD_DIM = 256
-LARGEST_WIDE_HEAD_DIM = 128  # of bf16 and fp32 on Turing, whose operands take twice the shared memory
 LARGEST_TENSOR = 2**31  # kernels index with 32 bits
-TURING = (7, 5)
 WIDE = ("q", "k", "v", "dout", "out")  # of a kernel's tensors, in its order, those with rows of heads
 
 
@@ -44,16 +41,19 @@ def unsupported_reason(
         if problem.q.dtype == torch.float64:
             return "it computes in fp32, and these are fp64"
         largest = max(problem.q.shape[-1], problem.v.shape[-1])
-        if largest > LARGEST_HEAD_DIM:
-            return f"it has tiles for head_dim up to {LARGEST_HEAD_DIM}, and this is {largest}"
-        wide = problem.q.dtype != torch.float16
-        if capability == TURING and wide and largest > LARGEST_WIDE_HEAD_DIM:
-            ends = f"its tiles for {problem.q.dtype} end at head_dim {LARGEST_WIDE_HEAD_DIM}"
-            return f"on Turing {ends}, and this is {largest}"
-        elements = max(problem.q.numel(), problem.k.numel(), problem.v.numel())
+        most = largest_head_dim(problem.q.dtype, capability)
+        if largest > most:
+            memory = f"{shared_memory(capability)} KB of shared memory"
+            return f"its tiles for {problem.q.dtype} in {memory} end at head_dim {most}, and this is {largest}"
+        elements = max(map(_extent, (problem.q, problem.k, problem.v)))
         if elements >= LARGEST_TENSOR:
-            return f"it indexes tensors of less than 2**31 elements, and this has {elements}"
+            return f"it indexes tensors that lie within less than 2**31 elements, and this takes {elements}"
     return None
+
+
+def _extent(x: Tensor) -> int:
+    """Elements from a tensor's first to its last, gaps between rows and all."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 @functools.cache

@@ -13,11 +13,13 @@ from ...caches import Cache
 from ...inductor import graphs
 from ...inductor.graphs import Compiled
 from ...problem import Direction
+from ..engine import CannotServeError
 from .blocks import BLOCK, BlockTables
 from .flex import Graph
 from .mods import MASK_BUFFERS, Features
 
-KERNELS: Cache[object, Compiled] = Cache("compiled kernels", entries=512)
+# Or why there is none, which is as slow to find out as a kernel is to be compiled.
+KERNELS: Cache[object, Compiled | str] = Cache("compiled kernels", entries=512)
 
 # `canonical` has seen to the strides.
 CONFIG: dict[str, Any] = {"size_asserts": False}
@@ -128,17 +130,26 @@ class Spec:
 
 
 def run(spec: Spec, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Forward: out, lse; backward: dq, dk, dv. Compiled at the first call with a spec."""
+    """Forward: out, lse; backward: dq, dk, dv. Compiled at the first call with a spec.
+
+    Raises CannotServeError where that fails.
+    """
     inputs = [given[name] for name in spec.names]
     device = inputs[0].device.type
     if device == "cpu":
         return spec.function(*inputs)
     what = f"the fused {spec.direction} kernel for head_dim {spec.head_dim}"
 
-    def compile_it() -> Compiled:
-        return graphs.compiled_graph(spec.function, lambda size: spec.example_inputs(device, size), what, **CONFIG)
+    def compile_it() -> Compiled | str:
+        try:
+            return graphs.compiled_graph(spec.function, lambda size: spec.example_inputs(device, size), what, **CONFIG)
+        except Exception as error:  # shared memory that the device does not have is an error of many kinds
+            return f"{what} could not be compiled for it ({type(error).__name__}: {error})"
 
-    return tuple(KERNELS.get((spec, device), compile_it)(inputs))
+    kernel = KERNELS.get((spec, device), compile_it)
+    if isinstance(kernel, str):
+        raise CannotServeError(kernel)
+    return tuple(kernel(inputs))
 
 
 def canonical(x: Tensor) -> Tensor:
