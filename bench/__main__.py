@@ -15,17 +15,19 @@ from compiled_fa.tuning import described as described_tuning
 from compiled_fa.tuning.classes import cpu_class
 
 from . import choice, table
+from .latency import MODES, latency_records
 from .peers import PEERS
 from .processes import first_use_records, memory_records
 from .progress import Progress
 from .race import race
 from .records import ROOT, Writer, circumstances, cpu_model, described, of_outcome
-from .suites import RACES, Entry, memory
+from .suites import RACES, Entry, latency, memory
 
-SUITES = (*RACES, "memory", "compile", "choice")
+SUITES = (*RACES, "latency", "memory", "compile", "choice")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
-published (the shapes of flash-attention's README, for a GPU), memory (peaks, each in a process of its own), compile
+published (the shapes of flash-attention's README, for a GPU), latency (what a short call costs: the host, the device,
+launches, eagerly, compiled and in a CUDA graph), memory (peaks, each in a process of its own), compile
 (first use in a new process, cache cold and warm), choice (random calls on a CPU: how much slower is auto than
 the fastest engine? --calls of them, of --seed; the first time they compile for minutes).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
@@ -91,12 +93,17 @@ def _race_suite(name: str, options: argparse.Namespace, device: torch.device) ->
     print(*table.notes(everything), sep="\n")
 
 
-def _process_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Records of a suite whose every measurement is a process."""
+def _other_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Records of a suite that is no race."""
     if name == "memory":
         entries = _chosen(memory(options.quick), options)
         total = sum(len(entry.directions) * len(entry.peers) for entry in entries)
         records, line, head = memory_records(entries, device), table.memory_row, table.MEMORY_HEADER
+    elif name == "latency":
+        entries = _chosen(latency(options.quick), options)
+        total = sum(len(entry.directions) * len(entry.peers) * len(MODES) for entry in entries)
+        records = latency_records(entries, device, options.seconds, options.quick)
+        line, head = table.latency_row, table.LATENCY_HEADER
     else:
         total = 4 if options.quick else 6
         records, line, head = first_use_records(options.quick), table.first_use_row, table.FIRST_USE_HEADER
@@ -155,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "choice":
             records, file = _choice_suite(options, device), f"choice_{cpu_class()}.jsonl"
         else:
-            records = (_race_suite if name in RACES else _process_suite)(name, options, device)
+            records = (_race_suite if name in RACES else _other_suite)(name, options, device)
             file = f"{name}.jsonl"
         writer = shared or Writer(RESULTS / file if whole else None, command)
         for record in records:
