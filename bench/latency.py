@@ -40,7 +40,9 @@ def latency_records(
             for peer in entry.peers:
                 for mode in MODES:
                     about = described(entry.case, direction) | {"peer": peer, "mode": mode}
-                    if reason := PEERS[peer].refusal(entry.case, direction, device.type) or _refusal(mode, device):
+                    if reason := PEERS[peer].refusal(entry.case, direction, device.type) or _refusal(
+                        peer, mode, device
+                    ):
                         yield about | {"status": "refused", "reason": reason}
                         continue
                     try:
@@ -57,7 +59,9 @@ def latency_records(
                         yield about | {"status": "unable", "reason": f"{type(error).__name__}: {str(error)[:160]}"}
 
 
-def _refusal(mode: Mode, device: torch.device) -> str | None:
+def _refusal(peer: str, mode: Mode, device: torch.device) -> str | None:
+    if peer == "flex" and mode == "eager":
+        return "meant to be compiled"
     return "not on a CPU" if mode == "CUDA graph" and device.type != "cuda" else None
 
 
