@@ -185,7 +185,7 @@ def test_tables_of_a_large_batch_are_small():
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "packed"])
 def test_tables_are_made_once(dense):
     def found(problem, direction):
-        return tables.tables_of(problem, tables.layout_of(problem, direction))
+        return tables.tables_of(problem, tables.layout_of(problem, direction), 0)
 
     if dense:
         q, k = (torch.randn(1, n, 2, 8) for n in (300, 200))
@@ -211,17 +211,32 @@ def test_tables_are_made_once(dense):
 def test_tables_go_with_the_tensors_that_they_are_of():
     tables._packed.clear()
     problem = varlen_problem([100, 30])
-    tables.tables_of(problem, "packed")
+    tables.tables_of(problem, "packed", 0)
     assert len(tables._packed) == 1
     del problem
     assert len(tables._packed) == 0
 
 
-def test_a_captured_graph_makes_its_own_tables(monkeypatch):
+def test_a_captured_graph_makes_its_own_tables():
     problem = varlen_problem([100, 30])
-    monkeypatch.setattr(tables, "stream_of", lambda device: None)
-    first, second = (tables.tables_of(problem, "packed") for _ in range(2))
+    first, second = (tables.tables_of(problem, "packed", None) for _ in range(2))
     assert first is not second
+    one, two = (tables.number(0.5, problem.q.device, None) for _ in range(2))
+    assert one is not two
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "packed", "padded"])
+def test_compiled_tables_have_their_names(layout, paged):
+    """In the order in which they leave compiled code."""
+    shape = tables.Shape(layout, paged and layout != "dense")
+    sums = [] if layout == "dense" else [torch.tensor([0, 3, 9], dtype=torch.int32)] * 2
+    sizes = tables.Sizes(9, 9, 1, 9, 6, 1, 1)
+    expected = shape.tables(sizes, Window(3, 0), torch.device("cpu"), *sums)
+    bounds = [tables.number(side, torch.device("cpu"), 0) for side in (3, 0)]
+    found = dict(zip(tables._names(shape), shape.function(*sizes, *bounds, *sums), strict=True))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])

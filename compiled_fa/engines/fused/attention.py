@@ -123,8 +123,9 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
         given |= {**tables.traced(problem, layout), **_numbers(problem, features)}
         return Graph(direction, features, _divisible(problem, layout), options)(given)
     wide = {name: canonical(x) for name, x in given.items() if name in WIDE}
-    given |= {**tables.tables_of(problem, layout), **wide}
-    given |= {name: tables.number(x, device) for name, x in _numbers(problem, features).items()}
+    stream = tables.stream_of(device)
+    given |= {**tables.tables_of(problem, layout, stream), **wide}
+    given |= {name: tables.number(x, device, stream) for name, x in _numbers(problem, features).items()}
     spec = Spec(
         direction,
         features,

@@ -10,6 +10,7 @@ replayed: each stream keeps its own, and while one is captured, nothing is kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -132,20 +133,20 @@ def lie_alike(packed: Packed) -> bool:
     return packed.block_table is None and packed.cu_seqlens_q is packed.cu_seqlens_k
 
 
-def tables_of(problem: Problem, layout: Layout) -> Tables:
-    """On the device of the call."""
+def tables_of(problem: Problem, layout: Layout, stream: int | None) -> Tables:
+    """On the device of the call. stream: as `stream_of` has it."""
     shape, sizes, device, packed = (
         shape_of(problem, layout),
         sizes_of(problem, layout),
         problem.q.device,
         problem.packed,
     )
-    window, stream = bounded(problem.window), stream_of(device)
+    window = bounded(problem.window)
     key = shape, window, sizes, device, stream
     sums = () if packed is None else (packed.cu_seqlens_q, packed.cu_seqlens_k)
 
     def make() -> Tables:
-        return _made(shape, sizes, window, device, *sums)
+        return _made(shape, sizes, window, device, stream, *sums)
 
     if stream is None:
         return make()
@@ -185,9 +186,9 @@ def sizes_of(problem: Problem, layout: Layout) -> Sizes:
     )
 
 
-def number(value: float, device: torch.device) -> Tensor:
-    """A tensor of no dimension, int32 or fp32, shared by all calls with this number."""
-    dtype, stream = torch.int32 if isinstance(value, int) else torch.float32, stream_of(device)
+def number(value: float, device: torch.device, stream: int | None) -> Tensor:
+    """A tensor of no dimension, int32 or fp32, shared by all calls with this number on this stream."""
+    dtype = torch.int32 if isinstance(value, int) else torch.float32
 
     def make() -> Tensor:
         return torch.full((), value, dtype=dtype, device=device)
@@ -204,13 +205,19 @@ def stream_of(device: torch.device) -> int | None:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _made(shape: Shape, sizes: Sizes, window: Window, device: torch.device, *cu_seqlens: Tensor) -> dict[str, Tensor]:
+def _made(
+    shape: Shape, sizes: Sizes, window: Window, device: torch.device, stream: int | None, *cu_seqlens: Tensor
+) -> dict[str, Tensor]:
     if device.type == "cpu":
         return shape.tables(sizes, window, device, *cu_seqlens)
-    names = list(shape.tables(Sizes(1, 1, 1, 1, 1, 1, 1), Window(0, 0), torch.device("meta"), *_META))
     make = _makers.get((shape, device.type), lambda: shape.compiled(device.type))
-    bounds = [number(side, device) for side in window if isinstance(side, int)]
-    return dict(zip(names, make([*sizes, *bounds, *cu_seqlens]), strict=True))
+    bounds = [number(side, device, stream) for side in window if isinstance(side, int)]
+    return dict(zip(_names(shape), make([*sizes, *bounds, *cu_seqlens]), strict=True))
 
 
-_META = [torch.empty(2, dtype=torch.int32, device="meta")] * 2
+@functools.cache
+def _names(shape: Shape) -> tuple[str, ...]:
+    """Of the tables, in order."""
+    meta = torch.device("meta")
+    sums = [] if shape.layout == "dense" else [torch.empty(2, dtype=torch.int32, device=meta)] * 2
+    return tuple(shape.tables(Sizes(1, 1, 1, 1, 1, 1, 1), Window(0, 0), meta, *sums))
