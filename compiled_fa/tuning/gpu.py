@@ -101,7 +101,7 @@ _AMPERE: dict[tuple[int, int, str, int], FlexOptions] = {
     (227, 2, "forward", 512): _forward(64, 32, 8, 2),
     (227, 2, "backward", 64): _backward(64, 128, 128, 64, 8, 3),
     (227, 2, "backward", 128): _backward(64, 128, 128, 64, 8, 3),
-    (227, 2, "backward", 256): _backward(64, 64, 64, 64, 8, 1),
+    (227, 2, "backward", 256): _backward(64, 64, 64, 64, 4, 2),
     (227, 2, "backward", 512): _backward(32, 32, 32, 32, 8, 1),
     (227, 4, "forward", 64): _forward(64, 32, 4, 2),
     (227, 4, "forward", 128): _forward(32, 32, 4, 2),
