@@ -88,7 +88,7 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
 def _measured(
     call: Callable[[], object], mode: Mode, device: torch.device, seconds: float, quick: bool
 ) -> dict[str, Any]:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     calls = 3 if quick else CALLS
 
     def issued() -> float:
@@ -122,19 +122,21 @@ def _launches(call: Callable[[], object], mode: Mode, device: torch.device) -> i
         with torch.profiler.profile(activities=activities) as profile:
             call()
             torch.cuda.synchronize()
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+        return sum("CUDA" in str(event.device_type) for event in profile.events() or ())
     if mode != "eager":
         return None
-    with _Ops() as ops:
+    ops: Any = _Ops()
+    with ops:
         call()
-    return ops.count
+    count: int = ops.count
+    return count
 
 
 class _Ops(TorchDispatchMode):
     """Counts ops that compute something."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
