@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import config
 from ..caches import Cache
@@ -17,7 +18,7 @@ from ..messages import say_once
 from ..problem import Direction, Problem
 from ..tuning import Tuning, current
 from . import fused, sdpa_cpu, split_kv, tiled
-from .engine import Engine
+from .engine import CannotServeError, Engine
 
 
 def _engines(*modules: Engine) -> tuple[Engine, ...]:
@@ -122,6 +123,38 @@ def _best(problem: Problem, direction: Direction) -> Engine:
         if not defers and engine.unsupported_reason(problem.q.device, problem, direction) is None:
             chosen = engine
     return chosen
+
+
+def forward(problem: Problem, name: str = "auto") -> tuple[Tensor, Tensor]:
+    """out and lse by the engine that serves the call; name: as `select` takes it."""
+    route = select(problem, "forward", name)
+    try:
+        return route.engine.forward(problem)
+    except CannotServeError as error:
+        return _after(route, name, error).forward(problem)
+
+
+def backward(
+    problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None, name: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, likewise."""
+    route = select(problem, "backward", name)
+    try:
+        return route.engine.backward(problem, dout, out, lse, dlse)
+    except CannotServeError as error:
+        return _after(route, name, error).backward(problem, dout, out, lse, dlse)
+
+
+def _after(route: Route, name: str, error: CannotServeError) -> Engine:
+    """The engine that serves in place of one that could not, which is said once; one asked for by name had to."""
+    failed, device = route.engine, route.problem.q.device
+    if (requested() if name == IN_CONTEXT else name) != "auto":
+        raise RuntimeError(f"the {failed.name} engine was asked for and cannot serve this call: {error}") from error
+    for engine in ENGINES[ENGINES.index(failed) + 1 :]:
+        if engine.unsupported_reason(device, route.problem, route.direction) is None:
+            say_once(f"the {engine.name} engine serves in place of {failed.name}, which cannot: {error}")
+            return engine
+    raise error
 
 
 def inlined(problem: Problem, direction: Direction, name: str = "auto") -> Engine | None:

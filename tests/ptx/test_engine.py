@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="needs Triton to compile kernels for sm_75"
 from support import RESULTS, Case, Data, check_against_float64, make, packed, run_naive
 
 from compiled_fa.engines import fused
-from compiled_fa.engines.fused import flex
+from compiled_fa.engines.fused import kernels
 from compiled_fa.testing.budget import budget, error, magnitudes
 from tools import kernel_traffic
 from tools.offline.engine_kernels import DIRECTIONS, Direction
@@ -250,10 +250,10 @@ def test_planted_store_past_the_end(intact: Intact) -> None:
 
 
 def test_the_engine_is_itself_again_afterwards() -> None:
-    run = flex.run
+    run = kernels.run
     with engine_on_ptx():
-        assert flex.run is not run
-    assert flex.run is run
+        assert kernels.run is not run
+    assert kernels.run is run
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

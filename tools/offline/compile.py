@@ -24,7 +24,7 @@ TARGET = GPUTarget("cuda", 75, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A kernel compiled for sm_75."""
+    """A kernel compiled for sm_75, or another GPU that was asked for."""
 
     name: str
     num_warps: int
@@ -101,12 +101,13 @@ def compile_jit(
     return _compile(source, turing, num_warps, num_stages)
 
 
-def compile_source(source: KernelSource, *, turing: bool) -> Compiled:
-    """Compiles a kernel that Inductor wrote, with the warps and stages that it wrote with it."""
+def compile_source(source: KernelSource, *, turing: bool, target: GPUTarget = TARGET) -> Compiled:
+    """Compiles a kernel that Inductor wrote, with the warps and stages that it wrote with it. target: a T4, or a newer
+    GPU."""
     function, keywords = _load(source)
     meta = keywords["triton_meta"]
     ast = ASTSource(fn=function, signature=meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0])
-    return _compile(ast, turing, keywords["num_warps"], keywords["num_stages"])
+    return _compile(ast, turing, keywords["num_warps"], keywords["num_stages"], target)
 
 
 @contextlib.contextmanager
@@ -121,9 +122,9 @@ def stage(turing: bool) -> Iterator[None]:
         switch[was_enabled]()
 
 
-def _compile(source: ASTSource, turing: bool, num_warps: int, num_stages: int) -> Compiled:
+def _compile(source: ASTSource, turing: bool, num_warps: int, num_stages: int, target: GPUTarget = TARGET) -> Compiled:
     with stage(turing):
-        binary = triton.compile(source, target=TARGET, options={"num_warps": num_warps, "num_stages": num_stages})
+        binary = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
     cubin = binary.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
