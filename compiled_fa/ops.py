@@ -151,7 +151,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     def compute(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem, engine = make_problem(*arguments)
         _check_values(problem)
-        out, lse = engines.forward(problem, engine)
+        out, lse = engines.select(problem, "forward", engine).forward()
         return out, lse
 
     def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         problem, engine = make_problem(*arguments)
         validation.backward(problem, dout, dlse, out, lse)
         _check_values(problem)
-        dq, dk, dv = engines.backward(problem, dout, out, lse, dlse, engine)
+        dq, dk, dv = engines.select(problem, "backward", engine).backward(dout, out, lse, dlse)
         return dq, dk, dv
 
     def fake_backward(

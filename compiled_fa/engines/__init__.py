@@ -10,15 +10,13 @@ tiled/     PyTorch ops on tiles: everything, anywhere
 """
 
 from .engine import CannotServeError, Engine
-from .selection import ENGINES, Route, backward, forward, inlined, requested, select, use_engine
+from .selection import ENGINES, Route, inlined, requested, select, use_engine
 
 __all__ = [
     "ENGINES",
     "CannotServeError",
     "Engine",
     "Route",
-    "backward",
-    "forward",
     "inlined",
     "requested",
     "select",
