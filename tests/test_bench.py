@@ -310,7 +310,7 @@ def test_directions_run_by_the_engines_that_are_named(monkeypatch):
         seen.append((direction, route.engine.name))
         return route
 
-    monkeypatch.setattr(engines, "select", recorded)
+    monkeypatch.setattr(engines.selection, "select", recorded)
     chosen: list[tuple[Direction, tuple[str, ...]]] = [
         ("forward", ("tiled",)),
         ("forward+backward", ("sdpa_cpu", "tiled")),

@@ -76,7 +76,7 @@ def test_a_call_is_routed_once(monkeypatch):
         routes.append(direction)
         return select(problem, direction, name)
 
-    monkeypatch.setattr(engines, "select", counted)
+    monkeypatch.setattr(engines.selection, "select", counted)
     q = torch.randn(1, 5, 2, 8, requires_grad=True)
     flash_attn_func(q, q, q).sum().backward()
     cu_seqlens = cumulative([2, 3])
@@ -186,7 +186,7 @@ def test_compiled_code_asks_where_it_is_called(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(engines, "select", recorded)
+    monkeypatch.setattr(engines.selection, "select", recorded)
     compiled = torch.compile(flash_attn_func, backend=backend, fullgraph=True)
     q = torch.randn(1, 5, 2, 8)
     compiled(q, q, q)

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from compiled_fa import engines
+from compiled_fa.engines import selection
 
-ROUTE = engines, "select"  # the one place through which ops reach an engine
+ROUTE = selection, "select"  # the one place through which ops reach an engine
 
 
 class ReachedAnEngineError(Exception):
