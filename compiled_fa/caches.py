@@ -3,7 +3,7 @@
     compiled steps, compiled kernels      machine code, by what is fixed in it
     plans, block tables, score numbers    tensors that calls of one shape share
     groupings                             which packed sequences run side by side
-    tables of packed sequences            tensors that calls with the same cu_seqlens share
+    packed tables                         tensors that calls with the same cu_seqlens share
     scratch                               a thread's tiles
 
 What is kept is made outside of inference mode, whoever asks for it first: an inference tensor could not be written to,

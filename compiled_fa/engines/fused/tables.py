@@ -128,7 +128,7 @@ def _packed_sides(
 
 
 _dense: Cache[object, Tables] = Cache("dense tables", 256, 64 << 20, lambda tables: _nbytes(tables))
-_packed = TensorCache[Tables]("tables of packed sequences", 64, 256 << 20, lambda tables: _nbytes(tables))
+_packed = TensorCache[Tables]("packed tables", 64, 256 << 20, lambda tables: _nbytes(tables))
 _numbers: Cache[object, Tensor] = Cache("numbers on devices", entries=256)
 _makers: Cache[object, Compiled] = Cache("compiled tables", entries=32)
 
