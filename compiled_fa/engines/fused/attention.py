@@ -55,7 +55,7 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
     return False
 
 
-def inlines(problem: Problem) -> bool:
+def inlines(problem: Problem, direction: Direction) -> bool:
     """Its kernels are compiled by themselves."""
     return False
 
