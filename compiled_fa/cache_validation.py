@@ -281,6 +281,7 @@ def _written_pages_are_not_shared(call: CacheCall, block_table: Tensor, page: Te
     size, new = call.page_size, call.seqlen_new
     written = torch.zeros(call.k_cache.shape[0], dtype=torch.bool, device=page.device)
     written[page.flatten()] = True
+    block_table = block_table[:, : -(-(max(call.host_before) + new) // size)]
     in_use = _in_use(call, block_table)
     touched = in_use & written[block_table.where(in_use, 0)]
     own = sum((before + new - 1) // size - before // size + 1 for before in call.host_before)
