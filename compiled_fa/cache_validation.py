@@ -248,14 +248,11 @@ def _rows_fit(call: CacheCall) -> None:
 
 
 def _pages(call: CacheCall, block_table: Tensor) -> None:
-    """Pages in use exist, and no two new keys go to one place."""
+    """Pages in use exist, no two new keys go to one place, and none to where another row has keys."""
     count, new = call.k_cache.shape[0], call.seqlen_new
     # Most tables hold nothing but pages; else what lies behind a row's last one, and before its first, may be anything.
     if not validation.blocks(block_table, count):
-        column = torch.arange(block_table.shape[1], device=block_table.device)
-        first = 0 if call.cache_leftpad is None else (call.cache_leftpad // call.page_size)[:, None]
-        stop = ((call.before + (new + call.page_size - 1)) // call.page_size)[:, None]
-        used = block_table[(column >= first) & (column < stop)]
+        used = block_table[_in_use(call, block_table)]
         if not validation.blocks(used, count):
             found = f"{int(used.min())} to {int(used.max())}"
             refuse("block_table", f"numbers of k_cache's pages, from 0 to {count - 1}", found)
@@ -264,3 +261,41 @@ def _pages(call: CacheCall, block_table: Tensor) -> None:
         places = (page * call.page_size + row).flatten().tolist()
         if len(set(places)) < len(places):
             refuse("block_table", "another place for each new key", "a page that is the last one of several rows")
+        _written_pages_are_not_shared(call, block_table, page, row)
+
+
+def _in_use(call: CacheCall, block_table: Tensor) -> Tensor:
+    """Which places of the table are pages with keys, new ones among them."""
+    column = torch.arange(block_table.shape[1], device=block_table.device)
+    first = 0 if call.cache_leftpad is None else (call.cache_leftpad // call.page_size)[:, None]
+    stop = ((call.before + (call.seqlen_new + call.page_size - 1)) // call.page_size)[:, None]
+    return (column >= first) & (column < stop)
+
+
+def _written_pages_are_not_shared(call: CacheCall, block_table: Tensor, page: Tensor, row: Tensor) -> None:
+    """No new key goes to where another row of the batch has one. page, row: `slots`.
+
+    A row may use a page twice, as a ring of pages does whose old keys no query sees; and rows may share a page where
+    the keys of one begin, by its leftpad, behind those of the other.
+    """
+    size, new = call.page_size, call.seqlen_new
+    written = torch.zeros(call.k_cache.shape[0], dtype=torch.bool, device=page.device)
+    written[page.flatten()] = True
+    block_table = block_table[:, : -(-(max(call.host_before) + new) // size)]
+    in_use = _in_use(call, block_table)
+    touched = in_use & written[block_table.where(in_use, 0)]
+    own = sum((before + new - 1) // size - before // size + 1 for before in call.host_before)
+    if int(touched.sum()) == int(written.sum()) == own:  # the very pages that rows write to, each by one
+        return
+    writes: dict[int, list[tuple[int, int]]] = {}
+    for writer, (pages, rows) in enumerate(zip(page.tolist(), row.tolist(), strict=True)):
+        for number, place in zip(pages, rows, strict=True):
+            writes.setdefault(number, []).append((writer, place))
+    for reader, column in touched.nonzero().tolist():
+        number = int(block_table[reader, column])
+        first = call.host_leftpad[reader] - column * size
+        stop = call.host_before[reader] + new - column * size
+        for writer, place in writes[number]:
+            if writer != reader and first <= place < stop:
+                found = f"page {number}, where row {writer} writes over keys of row {reader}"
+                refuse("block_table", "pages of its own for each row of k, which is written to them", found)

@@ -62,6 +62,7 @@ def flash_attn_with_kvcache(
             positions do not.
         block_table: int32 (B, pages): key j of row b is row j % page_block_size of page
             block_table[b, j // page_block_size]. What lies behind a row's last page may be any number.
+            Rows may share pages, but no new key may be written over another row's.
         softmax_scale: factor of q kᵀ; None: 1 / sqrt(D).
         causal: a query sees no key after its position.
         window_size: (left, right): a query sees keys from position - left to position + right; -1: unbounded.

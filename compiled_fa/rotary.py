@@ -8,6 +8,7 @@ B batch, S length, H heads, D head_dim, T total tokens of packed sequences, R ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -17,8 +18,25 @@ from . import cache_validation as validation
 from .rotation import rotated, turned
 
 
-def _rotated_in_place(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     x[..., : 2 * cos.shape[-1]].copy_(turned(x, cos, sin, interleaved))
+
+
+def _is_of_a_leaf(x: Tensor) -> bool:
+    """Is it a leaf of autograd's graph, or a view of one? In-place operations may not change these."""
+    return x.is_leaf or (x._base is not None and x._base.is_leaf)
+
+
+def _in_place(x: Tensor, turn: Callable[[Tensor], None]) -> Tensor:
+    """x, into which `turn` has written; of a leaf that requires grad, a copy, which has the gradient."""
+    if not (torch.is_grad_enabled() and x.requires_grad and _is_of_a_leaf(x)):
+        turn(x)
+        return x
+    found = x.clone()
+    turn(found)
+    with torch.no_grad():
+        x.copy_(found)
+    return found
 
 
 def _of_tokens(
@@ -57,7 +75,8 @@ def apply_rotary_emb(
         x: (B, S, H, D); with cu_seqlens (T, H, D). fp16, bf16, fp32 or fp64.
         cos, sin: (positions, R / 2), floating point; R is at most D.
         interleaved: pair elements 0 and 1, 2 and 3, ... (GPT-J); else element j with j + R / 2 (GPT-NeoX).
-        inplace: write into x, and return it.
+        inplace: write into x, and return it. A leaf that requires grad, or a view of one, is written outside of
+            autograd, as flash_attn does: the gradient goes through what is returned, a copy.
         seqlen_offsets: position of each sequence's first token: an int, or integers (B,).
         cu_seqlens: int32 (B + 1,), running sums of the lengths of packed sequences, from 0 to T.
         max_seqlen: upper bound of these lengths; not needed.
@@ -78,8 +97,7 @@ def apply_rotary_emb(
     of_tokens = _of_tokens(x, cos, sin, seqlen_offsets, cu_seqlens)
     if not inplace:
         return rotated(x, *of_tokens, interleaved)
-    _rotated_in_place(x, *of_tokens, interleaved)
-    return x
+    return _in_place(x, lambda x: _turn(x, *of_tokens, interleaved))
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -102,7 +120,7 @@ def apply_rotary_emb_qkv_(
         cos_k, sin_k: for k, (positions, R / 2), both or neither; None: as for q.
         The rest: as apply_rotary_emb.
 
-    Returns: qkv. Raises: as apply_rotary_emb.
+    Returns: qkv, as apply_rotary_emb with inplace. Raises: as apply_rotary_emb.
 
     Source: flash_attn.layers.rotary.apply_rotary_emb_qkv_.
     """
@@ -112,9 +130,12 @@ def apply_rotary_emb_qkv_(
     tables = (cos, sin), (cos, sin) if cos_k is None or sin_k is None else (cos_k, sin_k)
     for x, table in zip((q, k), tables, strict=True):
         validation.rotary("qkv", x, *table, seqlen_offsets)
-    for x, table in zip((q, k), tables, strict=True):
-        _rotated_in_place(x, *_of_tokens(x, *table, seqlen_offsets, None), interleaved)
-    return qkv
+
+    def turn(qkv: Tensor) -> None:
+        for x, table in zip(validation.queries_and_keys(qkv, num_heads_q), tables, strict=True):
+            _turn(x, *_of_tokens(x, *table, seqlen_offsets, None), interleaved)
+
+    return _in_place(qkv, turn)
 
 
 def apply_rotary_emb_kv_(
@@ -126,15 +147,15 @@ def apply_rotary_emb_kv_(
         kv: (B, S, 2, H, D).
         The rest: as apply_rotary_emb.
 
-    Returns: kv. Raises: as apply_rotary_emb.
+    Returns: kv, as apply_rotary_emb with inplace. Raises: as apply_rotary_emb.
 
     Source: flash_attn.layers.rotary.apply_rotary_emb_kv_.
     """
     validation.keys_and_values(kv)
     k = kv[:, :, 0]
     validation.rotary("kv", k, cos, sin, seqlen_offsets)
-    _rotated_in_place(k, *_of_tokens(k, cos, sin, seqlen_offsets, None), interleaved)
-    return kv
+    of_tokens = _of_tokens(k, cos, sin, seqlen_offsets, None)
+    return _in_place(kv, lambda kv: _turn(kv[:, :, 0], *of_tokens, interleaved))
 
 
 class RotaryEmbedding(nn.Module):
@@ -224,7 +245,7 @@ class RotaryEmbedding(nn.Module):
             max_seqlen: positions that the tables have at least; needed, once, where seqlen_offset is a tensor.
 
         Returns:
-            qkv; with kv (q, kv). They are the tensors given.
+            qkv; with kv (q, kv). They are the tensors given, but for leaves that require grad, as apply_rotary_emb.
         """
         if max_seqlen is None and not isinstance(seqlen_offset, Tensor):
             max_seqlen = qkv.shape[1] + seqlen_offset

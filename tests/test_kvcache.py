@@ -453,6 +453,7 @@ def paged(*rows):
 
 
 TABLE = torch.rand(8, 4)
+OWN_PAGES = "block_table must be pages of its own for each row of k, which is written to them"
 BAD = [
     bad("q must be a tensor, got NoneType", TypeError, q=None),
     bad("v_cache must be a tensor, got list", TypeError, v_cache=[]),
@@ -515,6 +516,11 @@ BAD = [
     bad("block_table must be numbers of k_cache's pages, from 0 to 1, got 0 to 2", **paged([0], [2])),
     bad("block_table must be numbers of k_cache's pages, from 0 to 1, got -1 to 1", **paged([-1], [1])),
     bad("block_table must be another place for each new key", cache_seqlens=ints(5, 6), **paged([1], [1])),
+    bad(f"{OWN_PAGES}, got page 1, where row 0 writes over keys of row 1", cache_seqlens=ints(2, 8), **paged([1], [1])),
+    bad(f"{OWN_PAGES}, got page 1, where row 1 writes over keys of row 0", cache_seqlens=ints(9, 5),
+        cache_leftpad=ints(6, 0), **paged([1], [1])),
+    bad(f"{OWN_PAGES}, got page 0, where row 1 writes over keys of row 0", cache_seqlens=ints(13, 5),
+        **paged([0, 1], [0, 0])),
     bad("rotary_sin must be given where the other is, got None", rotary_cos=TABLE),
     bad("rotary_cos must be given where the other is, got None", rotary_sin=TABLE),
     bad("rotary_cos must be None where there is no k to rotate", rotary_cos=TABLE, rotary_sin=TABLE, k=None, v=None),
@@ -569,6 +575,20 @@ def test_what_nobody_uses_may_be_anything():
     assert torch.allclose(flash_attn_with_kvcache(**small(block_table=table)), expected, atol=1e-6)
     shared = small(k=None, v=None, block_table=table[:1].expand(2, -1))
     assert flash_attn_with_kvcache(**shared).isfinite().all()
+
+
+def test_pages_that_rows_may_write_to_and_share():
+    """Where no key of another row is written over: a page before and behind a leftpad; a ring of pages of a row's own;
+    a page out of sight."""
+    where: dict[str, Any] = {"cache_seqlens": ints(9, 5), "cache_leftpad": ints(8, 0)}
+    apart, together = small(**where), small(**where, **paged([1], [1]))
+    for name in ("k_cache", "v_cache"):
+        apart[name][1, 5:8], together[name][1, :5] = 0.0, apart[name][1, :5]
+        together[name][1, 8] = apart[name][0, 8]
+    assert torch.allclose(flash_attn_with_kvcache(**together), flash_attn_with_kvcache(**apart), atol=1e-6)
+    for table, some in (([0, 0], [1, 1]), {}), (([1, 0], [1, 1]), {"cache_leftpad": ints(12, 0)}):
+        changes = {"cache_seqlens": ints(13, 14), **paged(*table), **some}
+        assert flash_attn_with_kvcache(**small(**changes), window_size=(3, 0)).isfinite().all()
 
 
 # What flash_attn's own test asks for, over the parameters that it has, at random

@@ -7,8 +7,9 @@ import torch
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
+from tuned import retune
 
-from compiled_fa import flash_attn_func, messages, ops
+from compiled_fa import flash_attn_func, messages, ops, tuning
 from compiled_fa.inductor import lowering
 
 OURS = {torch.ops.compiled_fa.attention.default, torch.ops.compiled_fa.attention_backward.default}
@@ -54,13 +55,21 @@ def test_a_plain_call_is_the_kernels(causal):
 
 
 def test_of_a_compiled_call_one_direction_may_stay_ours():
-    """Short bf16 calls are the sdpa_cpu engine's, their gradients the tiled one's."""
+    """Short bf16 calls are the kernel's as they are; their gradients are widened, or the tiled engine's."""
     torch._dynamo.reset()
     tensors = inputs(dtype=torch.bfloat16)
     with torch._inductor.config.patch(force_disable_caches=True):
         compiled, code = run_and_get_code(out_and_gradients, torch.compile(flash_attn_func), *tensors)
     assert "".join(code).count(f"{KERNEL}(") == "".join(code).count("ops.compiled_fa.attention_backward.default(") == 1
     assert all(torch.equal(*pair) for pair in zip(compiled, out_and_gradients(flash_attn_func, *tensors), strict=True))
+
+
+def test_gradients_in_16_bits_stay_ours(monkeypatch):
+    """The kernel sums them in their dtype, the engine in fp32."""
+    rules = dict.fromkeys(("tiles_forward_bf16", "tiles_backward_bf16"), tuning.AT_NO_CALL)
+    retune(monkeypatch, sdpa_cpu={"widens_bf16": False, **rules})
+    expected = {KERNEL, torch.ops.compiled_fa.attention_backward.default}
+    assert attention_in_graph(inputs(dtype=torch.bfloat16)) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softmax_scale": 0.2, "window_left": 40}])

@@ -112,6 +112,53 @@ def test_gradients(interleaved, offsets):
     assert torch.allclose(back, dout)
 
 
+def in_place():
+    """Name -> a call in place, and the shape of what it writes to."""
+    cos, sin = table(9, 2, torch.float32)
+    offsets = torch.tensor([0, 4])
+    return {
+        "x": (lambda x: apply_rotary_emb(x, cos, sin, inplace=True, seqlen_offsets=offsets), (2, 3, 2, 6)),
+        "part": (lambda x: apply_rotary_emb(x[..., 1:, 1:], cos, sin, True, inplace=True), (2, 3, 3, 6)),
+        "qkv": (lambda x: apply_rotary_emb_qkv_(x, cos, sin, seqlen_offsets=offsets), (2, 3, 3, 2, 6)),
+        "heads": (lambda x: apply_rotary_emb_qkv_(x, cos, sin, num_heads_q=4), (2, 3, 8, 6)),
+        "kv": (lambda x: apply_rotary_emb_kv_(x, cos, sin, True, 3), (2, 3, 2, 2, 6)),
+    }
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("name", in_place())
+def test_in_place_on_leaves(name, backend):
+    """They are written outside of autograd, and the gradient goes through what is returned."""
+    torch.compiler.reset()
+    call, shape = in_place()[name]
+    compiled = call if backend is None else torch.compile(call, backend=backend, fullgraph=True)
+    leaf, other = torch.randn(shape, requires_grad=True), torch.empty(shape, requires_grad=True)
+    other.data.copy_(leaf.data)
+    ordinary = other * 1.0  # no leaf: what is done to it in place is an operation as any other
+    expected, found = call(ordinary), compiled(leaf)
+    assert leaf.is_leaf
+    assert torch.allclose(leaf, ordinary, atol=1e-6)
+    assert torch.allclose(found, expected, atol=1e-6)
+    dout = torch.randn_like(found)
+    one, another = torch.autograd.grad(found, leaf, dout), torch.autograd.grad(expected, other, dout)
+    assert torch.allclose(one[0], another[0], atol=1e-6)
+
+
+def test_in_place_on_a_part_of_a_leaf_taken_apart():
+    """Autograd has an error of its own for these views."""
+    cos, sin = table(3, 2, torch.float32)
+    leaf = torch.randn(2, 3, 3, 2, 6, requires_grad=True)
+    _, k, _ = leaf.unbind(2)
+    expected = apply_rotary_emb(leaf.detach()[:, :, 1], cos, sin)
+    found = apply_rotary_emb(k, cos, sin, inplace=True)
+    assert torch.equal(found, expected)
+    assert torch.equal(leaf.detach()[:, :, 1], expected)
+    (dleaf,) = torch.autograd.grad(found.square().sum() / 2, leaf)
+    back = apply_rotary_emb(expected, cos, -sin)
+    assert torch.allclose(dleaf[:, :, 1], back, atol=1e-6)
+    assert not dleaf[:, :, ::2].any()
+
+
 @pytest.mark.parametrize("num_heads_q", [None, 4])
 @pytest.mark.parametrize("own_table", [False, True])
 def test_qkv_in_place(num_heads_q, own_table):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Case, cases, check_against_float64, make, run_engine
+from support import Case, cases, check_against_float64, make, run_engine, run_naive
 from tuned import retune
 
 from compiled_fa.engines import sdpa_cpu, select
@@ -71,6 +71,27 @@ def test_half_precision_in_pieces(monkeypatch):
         retune(monkeypatch, sdpa_cpu={"widened_bytes": limit})
         pieces = run_engine(sdpa_cpu, data)
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(((339, 1),), True, head_dim=192, head_dim_v=192),
+        Case(((339, 1),), True, nheads_k=1, heads_per_key=12, head_dim=192, head_dim_v=192),
+        Case(((128, 128),), True, head_dim=128, head_dim_v=128),
+        Case(((700, 40), (130, 711)), heads_per_key=4),
+        Case(((114, 114), (711, 711)), nheads_k=1, heads_per_key=4, head_dim=128, head_dim_v=128, causal=True),
+    ],
+    ids=["one key", "one key of 12 heads", "128 tokens", "packed", "packed, causal"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_rounded_once(case, dtype):
+    """Not after every block of queries, nor after every query head that reads a key head."""
+    data = replace(make(replace(case, dtype=dtype)), dlse=None)
+    exact, found = run_naive(data, torch.float64), run_engine(sdpa_cpu, data)
+    for name in ("dq", "dk", "dv"):
+        # Half a unit of the gradient, and what out's rounding does to delta.
+        assert torch.allclose(found[name].double(), exact[name], rtol=0.51 * torch.finfo(dtype).eps, atol=0.02), name
 
 
 def test_any_strides():

@@ -211,7 +211,7 @@ def test_a_misspelt_function_fails_mypy(tmp_path):
         "def unsupported_reason(device: torch.device, problem: Problem | None = None,\n"
         "                       direction: Direction = 'forward') -> str | None: ...\n"
         "def defers(problem: Problem, direction: Direction, to: str) -> bool: ...\n"
-        "def inlines(problem: Problem) -> bool: ...\n"
+        "def inlines(problem: Problem, direction: Direction) -> bool: ...\n"
         "def forward(problem: Problem) -> tuple[Tensor, Tensor]: ...\n"
         "def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None\n"
         "             ) -> tuple[Tensor, Tensor, Tensor]: ...\n"

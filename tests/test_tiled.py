@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Case, check_against_float64, make, run_tiled
+from support import Case, check_against_float64, make, replace, run_tiled
 from tuned import retune
 
 from compiled_fa.engines import tiled
@@ -154,6 +154,19 @@ def test_products_in_half_precision(tiles_run, options, dense):
     data = make(Case(lengths, dense, head_dim=64, head_dim_v=32, dtype=torch.bfloat16, **options))
     check_against_float64(data, run_tiled(data))
     assert all(dtype == (torch.float32 if shape[1] == 1 else torch.bfloat16) for shape, dtype in tiles_run)
+
+
+@pytest.mark.parametrize(("keys", "dtype"), [(1, torch.float32), (15, torch.float32), (16, torch.bfloat16)])
+def test_products_among_few_keys_are_in_fp32(tiles_run, keys, dtype):
+    """With one key gradients are a sum of dout, and 0: exact in naive attention, however many queries there are."""
+    data = make(Case(((17000, keys),), True, nheads_k=1, dtype=torch.bfloat16))
+    results = run_tiled(replace(data, dlse=None))
+    assert {found for _, found in tiles_run} == {dtype}
+    if keys == 1:
+        exact = data.dout.double().sum(0)
+        assert torch.allclose(results["dv"][0].double(), exact, rtol=0.51 * torch.finfo(torch.bfloat16).eps, atol=1e-3)
+        assert results["dq"].abs().max() <= 1e-5
+        assert results["dk"].abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"slopes": "batch"}], ids=str)

@@ -163,7 +163,7 @@ def test_what_a_table_leaves_to_tiles(monkeypatch, direction):
         assert found == {
             "avx2": [sdpa] * 4,
             "zen5": [sdpa, tiled, tiled, tiled],
-            "amx": [sdpa, sdpa, tiled, sdpa],
+            "amx": [sdpa, sdpa, tiled, tiled],
         }
 
 

@@ -34,7 +34,7 @@ class Engine(Protocol):
         Asked first, of every call: it must be quick, and read no values off a CPU.
         """
 
-    def inlines(self, problem: Problem) -> bool:
+    def inlines(self, problem: Problem, direction: Direction) -> bool:
         """Is its call a handful of operators, which may stand in a compiled graph of these shapes in the op's place?
 
         Asked before any other question, of problems whose tensors are fake and whose sizes may be symbols: it must not

@@ -158,7 +158,7 @@ def inlined(problem: Problem, direction: Direction, name: str = "auto") -> Engin
 
     One asked for by name is asked when the op is called.
     """
-    able = [engine for engine in ENGINES if engine.inlines(problem)] if name == "auto" else []
+    able = [engine for engine in ENGINES if engine.inlines(problem, direction)] if name == "auto" else []
     if not able:
         return None
     engine = select(problem, direction).engine

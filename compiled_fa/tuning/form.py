@@ -86,7 +86,7 @@ class SdpaCpu:
     # still in the cache when they are used.
     shared_call_below_tokens: int
     shared_call_tokens: int
-    # Is bf16 computed in fp32, as fp16 always is? Copies in fp32 at a time.
+    # Is bf16 computed in fp32 forward, as fp16 always is, and both are backward? Copies in fp32 at a time.
     widens_bf16: bool
     widened_bytes: int
 

@@ -73,7 +73,7 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
     return False
 
 
-def inlines(problem: Problem) -> bool:
+def inlines(problem: Problem, direction: Direction) -> bool:
     """In a graph of CUDA tensors a call is the template's operators and those of its tables, whatever the sizes: layers
     share the tables, since common subexpressions are computed once."""
     return problem.q.device.type == "cuda"

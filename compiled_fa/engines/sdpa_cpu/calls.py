@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import SymInt, Tensor
 
 from ...memory import new_empty
-from ...problem import Problem
+from ...problem import Direction, Problem
 from .groups import groups
-from .kernel import Gradients, at_once, attend, differentiate, widens
+from .kernel import Gradients, at_once, attend, differentiate, widens, widens_backward
 
 
-def is_one_call(problem: Problem) -> bool:
+def is_one_call(problem: Problem, direction: Direction) -> bool:
     """Is it one call of the kernel, on tensors as they are, whose sizes are numbers?"""
     q, k = problem.q, problem.k
-    if problem.packed is not None or widens(q):
+    if problem.packed is not None or (widens(q) if direction == "forward" else widens_backward(q)):
         return False
     symbolic = any(isinstance(number, SymInt) for number in (*q.shape, *k.shape, *problem.window))
     return not symbolic and at_once(problem, q, k)

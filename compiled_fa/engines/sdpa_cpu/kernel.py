@@ -81,9 +81,15 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def widens(q: Tensor) -> bool:
-    """Is it computed in fp32, in pieces? In fp16 the kernel takes twice the time that it takes in fp32; in bf16, where
-    the CPU has no instructions for it, eight times with gradients."""
+    """Is forward computed in fp32, in pieces? In fp16 the kernel takes twice the time that it takes in fp32; in bf16 it
+    depends on the CPU."""
     return q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and current().sdpa_cpu.widens_bf16)
+
+
+def widens_backward(q: Tensor) -> bool:
+    """Is backward? Every block of queries, and every query head that reads a key head, adds to a gradient in the
+    kernel's dtype: in 16 bits such a sum loses more with each of them."""
+    return q.dtype in (torch.float16, torch.bfloat16)
 
 
 def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +135,7 @@ def differentiate(
 ) -> Gradients:
     """-> dq, dk, dv (B, S, H, D); of_queries: q, dout and out; of_keys: k and v."""
     q, k = of_queries[0], of_keys[0]
-    if not widens(q) and dlse is None:
+    if not widens_backward(q) and dlse is None:
         return _differentiate_by_parts(problem, of_queries, of_keys, lse)
     gradients = new_empty(q, q.shape), new_empty(k, k.shape), new_empty(k, k.shape)
     for sequences, heads, heads_k in _pieces(q, k):

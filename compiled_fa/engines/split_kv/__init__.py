@@ -70,7 +70,7 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
     return not faster.favours(problem.features)
 
 
-def inlines(problem: Problem) -> bool:
+def inlines(problem: Problem, direction: Direction) -> bool:
     """Its steps are compiled by themselves, for many shapes at once."""
     return False
 

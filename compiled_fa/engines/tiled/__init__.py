@@ -37,6 +37,6 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
     return False
 
 
-def inlines(problem: Problem) -> bool:
+def inlines(problem: Problem, direction: Direction) -> bool:
     """Its steps are compiled by themselves, for all shapes at once."""
     return False

@@ -3,6 +3,9 @@
 Products of bf16 are taken in bf16 where the CPU has instructions for them (tuning/), which makes them three to four
 times as fast as in fp32; scores and probabilities are then rounded to bf16, as in naive attention, and sums over tiles
 are in fp32. fp16 has no fast products on today's CPUs, and is computed in fp32.
+
+Among few keys probabilities are near 0 or 1, and naive attention loses next to nothing: there a rounding of every
+tile's product shows, and products in fp32 take no longer, for reading the queries is what takes time.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ from torch import Tensor
 from ...tuning import current
 from .scratch import Scratch
 
+FEW_KEYS = 16  # fewer than this
+
 
 def dtype(inputs: Tensor, arithmetic: torch.dtype, longest: tuple[int, int]) -> torch.dtype:
     """Of the products' operands, for inputs of a dtype; longest: rows and columns of the scores of a pair."""
     here = inputs.device.type in ("cpu", "meta")  # meta: to ask what this machine would do
-    if inputs.dtype != torch.bfloat16 or not here or longest[0] * longest[1] < current().tiled.bf16_from_scores:
+    if inputs.dtype != torch.bfloat16 or not here or longest[1] < FEW_KEYS:
         return arithmetic
-    return torch.bfloat16
+    return arithmetic if longest[0] * longest[1] < current().tiled.bf16_from_scores else torch.bfloat16
 
 
 def add(total: Tensor, a: Tensor, b: Tensor, scratch: Scratch) -> None:
