@@ -1,0 +1,247 @@
+"""The stage reaches every process that is to have it, and costs those that start little. Nothing here has a GPU."""
+
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiled_fa_turing import late, site_hook
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).parent / "processes.py"
+CHILDREN = {"fork", "spawn", "forkserver", "subprocess", "itself"}
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+GROUPS = ("vllm.general_plugins", "sglang.srt.plugins")
+
+
+def run(python, *words, check=True, **variables):
+    kept = {name: value for name, value in os.environ.items() if name not in ("COMPILED_FA_TURING", "PYTHONPATH")}
+    return subprocess.run(
+        [str(python), *map(str, words)],
+        env={**kept, **variables},
+        cwd=Path(python).parent,
+        check=check,
+        capture_output=True,
+        text=True,
+    )
+
+
+def make_environment(folder, *others):
+    """The python of a virtual environment that finds modules in other folders, too."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+    (packages / "others.pth").write_text("".join(f"{other}\n" for other in others))
+    return Path(sysconfig.get_path("scripts", "venv", {"base": str(folder)}), "python")
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Of an environment with all that is here, and this checkout."""
+    return make_environment(tmp_path / "environment", ROOT, sysconfig.get_path("purelib"))
+
+
+@pytest.fixture
+def enabled(python):
+    run(python, "-m", "compiled_fa_turing", "--enable")
+    return python
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+def test_every_process_of_an_enabled_environment_has_it_until_it_is_disabled(enabled):
+    with_stage = json.loads(run(enabled, PROGRAM).stdout)
+    run(enabled, "-m", "compiled_fa_turing", "--disable")
+    stock = json.loads(run(enabled, PROGRAM, "spawn").stdout)
+    assert {kind for kind, found in with_stage.items() if found["turing"]} == CHILDREN
+    assert not any(found["turing"] for found in stock.values())
+    assert not any(found["torch"] for found in (*with_stage.values(), *stock.values()))
+    assert with_stage["sm_80"]["ptx"] == stock["sm_80"]["ptx"] != stock["itself"]["ptx"]
+    for kind in CHILDREN:
+        assert re.search(r"process \d+: enabled: kernels that Triton \S+ compiles for sm_75", with_stage[kind]["log"])
+        assert "kernel dot: its dots are on tensor cores" in with_stage[kind]["log"]
+    assert not any("compiled_fa" in found["log"] for found in stock.values())
+
+
+@needs_triton
+def test_a_process_can_do_without(enabled):
+    found = json.loads(run(enabled, PROGRAM, "spawn", COMPILED_FA_TURING="0").stdout)
+    assert not any(child["turing"] for child in found.values())
+
+
+@needs_triton
+@pytest.mark.parametrize("locale", [{}, ASCII], ids=["any locale", "an ASCII locale"])
+def test_a_program_and_its_children_have_it(python, locale, tmp_path):
+    """No file in the environment; what is called sitecustomize elsewhere is executed as ever."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nprint('theirs', file=sys.stderr)")
+    kinds = ("spawn", "forkserver")
+    done = run(python, "-m", "compiled_fa_turing", PROGRAM, *kinds, PYTHONPATH=str(tmp_path), **locale)
+    found = json.loads(done.stdout)
+    assert {kind for kind, child in found.items() if child["turing"]} == {*kinds, "subprocess", "itself"}
+    assert done.stderr.count("theirs") >= 4  # one of them a resource tracker's or server's
+
+
+@needs_triton
+def test_enable_works_in_an_ascii_locale(python):
+    script = (
+        "import compiled_fa_turing, runpy, json, sys\ncompiled_fa_turing.enable()\n"
+        f"print(json.dumps(runpy.run_path({str(PROGRAM)!r})['found']()))"
+    )
+    file = python.parent / "script.py"
+    file.write_text(script)
+    found = json.loads(run(python, file, **ASCII).stdout)
+    assert found["turing"]
+    assert not found["torch"]
+
+
+def test_a_module_and_its_arguments(python, tmp_path):
+    (tmp_path / "shows.py").write_text("import os, sys\nprint(sys.argv[1:], os.environ['COMPILED_FA_TURING'])")
+    line = ("-m", "compiled_fa_turing", "-m", "shows", "--enable", "-m", "x")
+    assert run(python, *line, PYTHONPATH=str(tmp_path)).stdout == "['--enable', '-m', 'x'] 1\n"
+    assert site_file(python) is None
+
+
+def site_file(python):
+    found = list(python.parents[1].rglob(site_hook.NAME))
+    return found[0] if found else None
+
+
+def test_the_command_and_its_status(python):
+    def command(word, **variables):
+        done = run(python, "-m", "compiled_fa_turing", word, check=False, **variables)
+        return done.returncode, done.stdout + done.stderr
+
+    assert command("--status")[0] == 1
+    assert re.fullmatch(rf"there was no .*{site_hook.NAME}\n", command("--disable")[1])
+    assert command("--enable")[0] == 0
+    assert command("--enable")[0] == 0
+    assert site_file(python) is not None
+    status, words = command("--status")
+    assert status == 0
+    assert f"enabled by {site_file(python)}" in words
+    assert "COMPILED_FA_TURING: auto" in words
+    assert command("--status", COMPILED_FA_TURING="0")[0] == 1
+    status, words = command("--status", COMPILED_FA_TURING="yes")
+    assert status == 1
+    assert "COMPILED_FA_TURING must be one of ['auto', '1', '0'], got 'yes'" in words
+    assert re.fullmatch(rf"removed .*{site_hook.NAME}\n", command("--disable")[1])
+    assert site_file(python) is None
+
+
+@pytest.mark.parametrize("line", [[], ["--enable", "script.py"], ["--enable", "--disable"]])
+def test_one_thing_at_a_time(python, line):
+    done = run(python, "-m", "compiled_fa_turing", *line, check=False)
+    assert done.returncode == 2
+    assert "--enable" in done.stderr
+    assert site_file(python) is None
+
+
+def test_a_value_that_means_nothing_is_told_and_stops_nothing(enabled):
+    done = run(enabled, "-c", "print('runs')", COMPILED_FA_TURING="on")
+    assert done.stdout == "runs\n"
+    assert done.stderr == (
+        "compiled_fa_turing: the environment variable COMPILED_FA_TURING must be one of ['auto', '1', '0'], got 'on'\n"
+    )
+
+
+def test_an_enabled_environment_starts_with_little(enabled):
+    """No torch, no Triton, and none of the standard library's large modules: what takes the time at a start."""
+    imported = "import sys; print(*sys.modules)"
+    with_stage = set(run(enabled, "-c", imported).stdout.split())
+    assert "compiled_fa_turing.hook" in with_stage
+    large = {"argparse", "compiled_fa", "dataclasses", "hashlib", "inspect", "logging", "pathlib", "tempfile"}
+    found = with_stage & {*large, "torch", "triton", "compiled_fa_turing.stage"}
+    assert not found, found
+
+
+def test_a_file_without_the_package_is_quiet(tmp_path):
+    python = make_environment(tmp_path)
+    assert run(python, "-c", site_hook.LINE).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("version", "level", "said"),
+    [
+        ("3.2.0", "DEBUG", "before 3.3 has Turing's tensor cores"),
+        ("3.4.0", "WARNING", "triton 3.6 or newer .* is wanted; here .*triton 3.4.0.* there is no triton.knobs"),
+    ],
+)
+def test_other_versions_of_triton_are_left_alone(enabled, tmp_path, version, level, said):
+    (tmp_path / "triton.py").write_text(f"__version__ = {version!r}\n")
+    script = (
+        "import logging; logging.basicConfig(level=logging.DEBUG)\n"
+        "import triton, compiled_fa_turing; print(compiled_fa_turing.is_enabled(), vars(triton).keys() & {'knobs'})"
+    )
+    done = run(enabled, "-c", script, PYTHONPATH=str(tmp_path))
+    assert done.stdout == "False set()\n"
+    assert re.search(f"{level}:compiled_fa.turing:.*{said}", done.stderr)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("setting", ["", "auto", "1", "0"])
+def test_plugins_do_what_is_asked(monkeypatch, group, setting):
+    """The entry points that vLLM and SGLang load in each of their processes, called as they call them."""
+    text = (ROOT / "pyproject.toml").read_text()
+    ((name, value),) = re.findall(rf'^\[project\.entry-points\."{re.escape(group)}"\]\n(\w+) = "(.+)"$', text, re.M)
+    asked = []
+    monkeypatch.setattr("compiled_fa_turing.hook.enable_with_triton", lambda: asked.append(True))
+    monkeypatch.setenv("COMPILED_FA_TURING", setting)
+    importlib.metadata.EntryPoint(name, value, group).load()()
+    assert asked == [True] * (setting == "1")
+
+
+# Waiting for imports
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "comes_late.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "comes_late"
+    sys.modules.pop("comes_late", None)
+
+
+def test_a_module_that_comes_late(module):
+    seen = []
+    late.when_imported(module, lambda found: seen.append(("first", found.value)))
+    late.when_imported(module, lambda found: seen.append(("second", found.value)))
+    assert seen == []
+    imported = importlib.import_module(module)
+    assert seen == [("first", 1), ("second", 1)]
+    assert inspect.getsource(imported) == "value = 1\n"
+    assert "exec_module" not in vars(imported.__loader__)
+    assert late._Finder not in sys.meta_path
+    late.when_imported(module, lambda found: seen.append(("at once", found.value)))
+    assert seen[2:] == [("at once", 1)]
+
+
+def test_nobody_is_told_who_has_called_it_off(module):
+    seen: list[Any] = []
+    call_off = late.when_imported(module, seen.append)
+    late.when_imported(module, seen.append)
+    call_off()
+    call_off()
+    importlib.import_module(module)
+    assert len(seen) == 1
+    assert late._Finder not in sys.meta_path
+
+
+def test_asking_whether_a_module_exists_tells_nobody(module):
+    seen: list[Any] = []
+    call_off = late.when_imported(module, seen.append)
+    assert importlib.util.find_spec(module) is not None
+    assert seen == []
+    importlib.import_module(module)
+    assert len(seen) == 1
+    call_off()
