@@ -169,7 +169,7 @@ def test_python_command_and_its_options_exist(words, monkeypatch, capsys):
     if program == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in arguments if not word.startswith("-"))
         return
-    if program in (["-m", "venv"], ["-c"], ["-X"]):
+    if program in (["-m", "venv"], ["-c"]):
         return
     if program[0] == "-m":
         assert importlib.util.find_spec(program[1]) is not None

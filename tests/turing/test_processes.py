@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from compiled_fa_turing import late, site_hook
+from compiled_fa_turing import hook, late, site_hook
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).parent / "processes.py"
@@ -163,6 +163,38 @@ def test_an_enabled_environment_starts_with_little(enabled):
     large = {"argparse", "compiled_fa", "dataclasses", "hashlib", "inspect", "logging", "pathlib", "tempfile"}
     found = with_stage & {*large, "torch", "triton", "compiled_fa_turing.stage"}
     assert not found, found
+
+
+INDUCTOR = """
+from torch._inductor import async_compile, codecache
+from torch._inductor.compile_worker import subproc_pool
+import compiled_fa_turing
+import triton
+import json
+
+def seen():
+    return {
+        "enabled": compiled_fa_turing.is_enabled(),
+        "key": codecache.torch_key().hex(),
+        "async_compile": async_compile.torch_key().hex(),
+        "for workers": subproc_pool.torch_key().hex(),
+        "in workers": async_compile._worker_compile_triton.__name__,
+    }
+
+first = seen()
+compiled_fa_turing.disable()
+print(json.dumps([first, seen()]))
+"""
+
+
+@needs_triton
+def test_inductor_has_it_from_the_start_of_a_process(enabled):
+    """Triton is imported while Inductor is: its caches know of the stage all the same, until it is disabled."""
+    ours, stock = json.loads(run(enabled, "-c", INDUCTOR).stdout)
+    assert (ours["enabled"], ours["in workers"]) == (True, "compile_in_worker")
+    assert (stock["enabled"], stock["in workers"]) == (False, "compile_in_worker_without")
+    assert ours["key"] == ours["async_compile"] == ours["for workers"] + hook.source_hash().encode().hex()
+    assert stock["key"] == stock["async_compile"] == stock["for workers"] == ours["for workers"]
 
 
 def test_a_file_without_the_package_is_quiet(tmp_path):
