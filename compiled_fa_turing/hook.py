@@ -83,18 +83,21 @@ def enable() -> None:
         >>> model = torch.compile(model.half())
     """
     global _installed
+    if _installed:
+        return
+    # Triton is imported before the lock is taken: a thread that imports it just now may come here at the end of that.
+    if has_tensor_cores():
+        _debug("Triton before 3.3 has Turing's tensor cores: left as it is")
+        return
+    if reason := missing():
+        raise RuntimeError(f"compiled_fa.turing cannot be enabled: {reason}")
+    from triton import __version__, knobs
+
+    from compiled_fa_turing import triton_private
+
     with _lock:
         if _installed:
             return
-        if has_tensor_cores():
-            _debug("Triton before 3.3 has Turing's tensor cores: left as it is")
-            return
-        if reason := missing():
-            raise RuntimeError(f"compiled_fa.turing cannot be enabled: {reason}")
-        from triton import __version__, knobs
-
-        from compiled_fa_turing import triton_private
-
         hook = _Hook(knobs.runtime.add_stages_inspection_hook)
         hook.undo.append(triton_private.patch_triton(source_hash))
         knobs.runtime.add_stages_inspection_hook = hook

@@ -20,7 +20,7 @@ class _Finder:
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in _waiting:
             return None
-        for finder in sys.meta_path:
+        for finder in tuple(sys.meta_path):  # which imports on the way may change
             find = getattr(finder, "find_spec", None) if finder is not _Finder else None
             spec: ModuleSpec | None = find(name, path, target) if find else None
             if spec is not None:

@@ -2,20 +2,19 @@
 
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import os
 import re
 import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from compiled_fa_turing import hook, late, site_hook
+import compiled_fa.turing
+import compiled_fa_turing
+from compiled_fa_turing import hook, site_hook
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).parent / "processes.py"
@@ -220,6 +219,23 @@ def test_other_versions_of_triton_are_left_alone(enabled, tmp_path, version, lev
     assert re.search(f"{level}:compiled_fa.turing:.*{said}", done.stderr)
 
 
+def test_disabled_before_triton_comes(enabled, tmp_path):
+    """With a Triton that the stage does not work with, so that an attempt would be told."""
+    (tmp_path / "triton.py").write_text("__version__ = '3.4.0'\n")
+    script = "import compiled_fa_turing, sys; compiled_fa_turing.disable(); import triton; print(triton.__version__)"
+    done = run(enabled, "-c", script, PYTHONPATH=str(tmp_path))
+    assert (done.stdout, done.stderr) == ("3.4.0\n", "")
+
+
+def test_compiled_fa_turing_is_the_same(python):
+    assert compiled_fa.turing.enable is compiled_fa_turing.enable
+    ours, same = (
+        run(python, "-m", name, "--status", check=False) for name in ("compiled_fa_turing", "compiled_fa.turing")
+    )
+    assert (ours.returncode, ours.stdout) == (same.returncode, same.stdout)
+    assert "this environment: not enabled" in same.stdout
+
+
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("setting", ["", "auto", "1", "0"])
 def test_plugins_do_what_is_asked(monkeypatch, group, setting):
@@ -231,49 +247,3 @@ def test_plugins_do_what_is_asked(monkeypatch, group, setting):
     monkeypatch.setenv("COMPILED_FA_TURING", setting)
     importlib.metadata.EntryPoint(name, value, group).load()()
     assert asked == [True] * (setting == "1")
-
-
-# Waiting for imports
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    (tmp_path / "comes_late.py").write_text("value = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "comes_late"
-    sys.modules.pop("comes_late", None)
-
-
-def test_a_module_that_comes_late(module):
-    seen = []
-    late.when_imported(module, lambda found: seen.append(("first", found.value)))
-    late.when_imported(module, lambda found: seen.append(("second", found.value)))
-    assert seen == []
-    imported = importlib.import_module(module)
-    assert seen == [("first", 1), ("second", 1)]
-    assert inspect.getsource(imported) == "value = 1\n"
-    assert "exec_module" not in vars(imported.__loader__)
-    assert late._Finder not in sys.meta_path
-    late.when_imported(module, lambda found: seen.append(("at once", found.value)))
-    assert seen[2:] == [("at once", 1)]
-
-
-def test_nobody_is_told_who_has_called_it_off(module):
-    seen: list[Any] = []
-    call_off = late.when_imported(module, seen.append)
-    late.when_imported(module, seen.append)
-    call_off()
-    call_off()
-    importlib.import_module(module)
-    assert len(seen) == 1
-    assert late._Finder not in sys.meta_path
-
-
-def test_asking_whether_a_module_exists_tells_nobody(module):
-    seen: list[Any] = []
-    call_off = late.when_imported(module, seen.append)
-    assert importlib.util.find_spec(module) is not None
-    assert seen == []
-    importlib.import_module(module)
-    assert len(seen) == 1
-    call_off()
