@@ -23,12 +23,12 @@ ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 GROUPS = ("vllm.general_plugins", "sglang.srt.plugins")
 
 
-def run(python, *words, check=True, **variables):
+def run(python, *words, check=True, folder=None, **variables):
     kept = {name: value for name, value in os.environ.items() if name not in ("COMPILED_FA_TURING", "PYTHONPATH")}
     return subprocess.run(
         [str(python), *map(str, words)],
         env={**kept, **variables},
-        cwd=Path(python).parent,
+        cwd=folder or Path(python).parent,
         check=check,
         capture_output=True,
         text=True,
@@ -109,6 +109,27 @@ def test_a_module_and_its_arguments(python, tmp_path):
     line = ("-m", "compiled_fa_turing", "-m", "shows", "--enable", "-m", "x")
     assert run(python, *line, PYTHONPATH=str(tmp_path)).stdout == "['--enable', '-m', 'x'] 1\n"
     assert site_file(python) is None
+
+
+def test_a_program_keeps_the_interpreter_s_options_and_finds_a_checkout(tmp_path):
+    """The environment knows nothing of us: only the first process has this checkout, as its working directory."""
+    script = tmp_path / "shows.py"
+    script.write_text("import sys\nprint(sys.flags.dont_write_bytecode, 'compiled_fa_turing.startup' in sys.modules)")
+    python = make_environment(tmp_path / "environment")
+    assert run(python, "-B", "-m", "compiled_fa_turing", script, folder=ROOT).stdout == "1 True\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="where exec does not keep the process")
+def test_a_program_is_the_process_that_was_started(python):
+    script = python.parent / "shows.py"
+    script.write_text("import os\nprint(os.getppid())")
+    assert run(python, "-m", "compiled_fa_turing", script).stdout == f"{os.getpid()}\n"
+
+
+def test_a_program_whose_children_cannot_be_told_is_refused(python):
+    done = run(python, "-E", "-m", "compiled_fa_turing", PROGRAM, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "this python ignores PYTHONPATH (-E, -I), by which its children are told; use --enable" in done.stderr
 
 
 def site_file(python):
