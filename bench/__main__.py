@@ -17,21 +17,22 @@ from compiled_fa.tuning import described as described_tuning
 from compiled_fa.tuning.classes import cpu_class
 
 from . import choice, serve, table
+from .latency import MODES, latency_records
 from .peers import PEERS
 from .processes import first_use_records, memory_records
 from .progress import Progress
 from .race import race
 from .records import ROOT, Writer, circumstances, cpu_model, described, of_outcome
-from .suites import ENGINES, RACES, Entry, memory
+from .suites import ENGINES, RACES, Entry, latency, memory
 
-SUITES = (*RACES, "serve", "memory", "compile", "choice")
+SUITES = (*RACES, "latency", "serve", "memory", "compile", "choice")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
 classes (of CPUs: a case of each kind), published (the shapes of flash-attention's README, for a GPU), tiles (the tiled
-engine, for a GPU without a fused one), serve (requests that come and go, on pages and on padded rows), memory (peaks,
-each in a process of its own), compile (first use in a new process, cache cold and warm), choice (random calls on a
-CPU: how much slower is auto than the fastest engine? --calls of them, of --seed; the first time they compile for
-minutes).
+engine, for a GPU without a fused one), latency (what a short call costs: the host, the device, launches, eagerly,
+compiled and in a CUDA graph), serve (requests that come and go, on pages and on padded rows), memory (peaks, each in a
+process of its own), compile (first use in a new process, cache cold and warm), choice (random calls on a CPU: how much
+slower is auto than the fastest engine? --calls of them, of --seed; the first time they compile for minutes).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 
 
@@ -96,12 +97,17 @@ def _race_suite(name: str, options: argparse.Namespace, device: torch.device) ->
     print(*table.notes(everything), sep="\n")
 
 
-def _process_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Records of a suite whose every measurement is a process."""
+def _other_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Records of a suite that is no race."""
     if name == "memory":
         entries = _chosen(memory(options.quick), options)
         total = sum(len(entry.directions) * len(entry.peers) for entry in entries)
         records, line, head = memory_records(entries, device), table.memory_row, table.MEMORY_HEADER
+    elif name == "latency":
+        entries = _chosen(latency(options.quick), options)
+        total = sum(len(entry.directions) * len(entry.peers) * len(MODES) for entry in entries)
+        records = latency_records(entries, device, options.seconds, options.quick)
+        line, head = table.latency_row, table.LATENCY_HEADER
     else:
         total = 4 if options.quick else 6
         records, line, head = first_use_records(options.quick), table.first_use_row, table.FIRST_USE_HEADER
@@ -126,7 +132,7 @@ def _serve_suite(name: str, options: argparse.Namespace, device: torch.device) -
         yield from records
 
 
-def _choice_suite(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+def _choice_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Records of random calls, and what they say of the choice of engines."""
     if device.type != "cpu":
         print(f"not on {device.type}: it is about engines on a CPU")
@@ -145,6 +151,10 @@ def _choice_suite(options: argparse.Namespace, device: torch.device) -> Iterator
         found.append(record)
         yield record
     print(*choice.told(found), sep="\n")
+
+
+OTHER_SUITES = {"serve": _serve_suite, "choice": _choice_suite}
+OF_A_CLASS = ("classes", "choice")  # whose records differ from one class of CPU to another
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,12 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     shared = Writer(options.output, command) if options.output else None
     for name in options.suites or SUITES:
         print(f"\n{name}")
-        file = f"{name}.jsonl"
-        if name == "choice":
-            records, file = _choice_suite(options, device), f"choice_{cpu_class()}.jsonl"
-        else:
-            suite = _race_suite if name in RACES else _serve_suite if name == "serve" else _process_suite
-            records = suite(name, options, device)
+        suite = _race_suite if name in RACES else OTHER_SUITES.get(name, _other_suite)
+        records = suite(name, options, device)
+        file = f"{name}_{cpu_class()}.jsonl" if name in OF_A_CLASS else f"{name}.jsonl"
         writer = shared or Writer(RESULTS / file if whole else None, command)
         for record in records:
             wrong |= record["status"] == "mismatch"

@@ -177,6 +177,17 @@ def classes(quick: bool) -> list[Entry]:
 
 ENGINES = {"tiles": "tiled"}  # that which a suite measures; all others: the one that is chosen
 
+
+def latency(quick: bool) -> list[Entry]:
+    """Calls so short that the host's time is what is left: one sequence, packed sequences, dropout."""
+    length = 33 if quick else 128
+    plain = [Case.uniform(length, dtype=torch.float16, causal=True)]
+    if not quick:
+        plain.append(Case.uniform(length, dtype=torch.float16, dropout_p=0.1))
+    packed = Case.packed([length, length // 2, length // 3], dtype=torch.float16, causal=True)
+    return [*(Entry(case, ("ours", "SDPA", "flex")) for case in plain), Entry(packed, ("ours", "nested", "flex"))]
+
+
 RACES: dict[str, Callable[[bool], list[Entry]]] = {
     "dense": dense,
     "varlen": varlen,

@@ -90,6 +90,21 @@ MEMORY_HEADER = (
 )
 
 
+def latency_row(record: dict[str, Any]) -> str:
+    direction = "fwd" if record["direction"] == "forward" else "fwd+bwd"
+    line = f"{record['case']:<{LABEL_WIDTH}}{direction:>8}{record['peer']:>8}{record['mode']:>12}"
+    if record["status"] != "timed":
+        return f"{line}  {NOT_TIMED[record['status']]} {record['reason']}"
+    launches = "-" if record["launches"] is None else str(record["launches"])
+    times = "".join(f"{significant(record[name]):>12}" for name in ("issued_us", "finished_us"))
+    return f"{line}{times}{launches:>10}"
+
+
+LATENCY_HEADER = (
+    f"{'case':<{LABEL_WIDTH}}{'dir':>8}{'peer':>8}{'called':>12}{'issued µs':>12}{'finished':>12}{'launches':>10}"
+)
+
+
 def first_use_row(record: dict[str, Any]) -> str:
     line = f"{record['case']:<{LABEL_WIDTH}}{record['peer']:>8}{record['cache']:>6}"
     if record["status"] != "timed":

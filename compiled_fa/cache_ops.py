@@ -80,7 +80,7 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     routes = [engines.select(problem, "forward", how.engine) for problem in _problems(call, options, how.num_splits)]
     call.append()
     batch = call.batch // len(routes)
-    found = [_laid_out(route.problem, batch, *route.engine.forward(route.problem)) for route in routes]
+    found = [_laid_out(route.problem, batch, *route.forward()) for route in routes]
     out, lse = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
     return out, lse
 

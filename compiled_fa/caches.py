@@ -3,6 +3,7 @@
     compiled steps, compiled kernels      machine code, by what is fixed in it
     plans, block tables, score numbers    tensors that calls of one shape share
     groupings                             which packed sequences run side by side
+    packed tables                         tensors that calls with the same cu_seqlens share
     scratch                               a thread's tiles
 
 What is kept is made outside of inference mode, whoever asks for it first: an inference tensor could not be written to,
@@ -15,7 +16,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from operator import itemgetter
 from typing import Generic, Protocol, TypeVar, cast
@@ -148,6 +149,69 @@ class Cache(Generic[Key, Value]):
         return (
             held if self._most_bytes is None else f"{held}, {_megabytes(self.nbytes)} of {_megabytes(self._most_bytes)}"
         )
+
+
+class TensorCache(Generic[Value]):
+    """Values made of tensors' contents: kept for these very tensors, as long as they live and nobody writes to them.
+
+    A tensor is known by its identity and version, so that to ask costs no look at its contents; it is held weakly.
+    entries, nbytes, size_of: as Cache has them. Tensors of inference mode have no version: of them nothing is kept.
+    """
+
+    def __init__(self, name: str, entries: int, nbytes: int, size_of: Callable[[Value], int]) -> None:
+        self.name = name
+        self._most_entries, self._most_bytes, self._size_of = entries, nbytes, size_of
+        self._entries: dict[object, tuple[list[weakref.ref[Tensor]], list[int], int, Value]] = {}
+        self._lock = threading.RLock()  # a weak reference may die while it is held
+        _all.append(self)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._start_anew)
+
+    def get(self, tensors: Sequence[Tensor], key: Hashable, make: Callable[[], Value]) -> Value:
+        """key: what else the value depends on."""
+        if any(tensor.is_inference() for tensor in tensors):
+            return make()
+        place = (key, *map(id, tensors))
+        versions = [tensor._version for tensor in tensors]
+        entry = self._entries.get(place)
+        if entry is not None and entry[1] == versions and all(r() is x for r, x in zip(entry[0], tensors, strict=True)):
+            with self._lock:  # behind all others: it was used last
+                if self._entries.pop(place, None) is not None:
+                    self._entries[place] = entry
+            return entry[3]
+        with torch.inference_mode(False), torch.no_grad():
+            value = make()
+        references = [weakref.ref(tensor, lambda _: self._forget(place)) for tensor in tensors]
+        with self._lock:
+            self._entries.pop(place, None)
+            self._entries[place] = references, versions, self._size_of(value), value
+            while len(self._entries) > self._most_entries or (
+                self.nbytes > self._most_bytes and len(self._entries) > 1
+            ):
+                del self._entries[next(iter(self._entries))]
+        return value
+
+    def _forget(self, place: object) -> None:
+        with self._lock:
+            self._entries.pop(place, None)
+
+    def _start_anew(self) -> None:
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry[2] for entry in list(self._entries.values()))
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def contents(self) -> str:
+        held, most = _megabytes(self.nbytes), _megabytes(self._most_bytes)
+        return f"{self.name} {len(self)} of {self._most_entries}, {held} of {most}"
 
 
 class _Buffers(dict[tuple[str, torch.dtype], Tensor]):

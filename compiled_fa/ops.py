@@ -17,7 +17,7 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 import torch
@@ -39,7 +39,19 @@ OPTIONS = (
 )
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table=None"
 
-_RightCall = tuple[float, Window, float, float, str]  # what is not a tensor of a problem, and the engine's name
+
+@dataclass(frozen=True, eq=False)
+class _RightCall:
+    """A dense call that was checked: what is not a tensor of its problem, and the engine's name. Itself, by identity,
+    it is the signature of all calls like it."""
+
+    softmax_scale: float
+    window: Window
+    softcap: float
+    dropout_p: float
+    engine: str
+
+
 _right_calls: Cache[Hashable, _RightCall] = Cache("checked calls", entries=1024)
 
 MakeProblem = Callable[..., tuple[Problem, str]]
@@ -56,28 +68,28 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tu
 
 def _dense_problem(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, str]:
     """A call like one before it is not checked again: that takes as long as a short call's arithmetic."""
-    signature = _signature(q, k, v, options)
-    if signature is None:
+    if (key := _seen(q, k, v, options)) is None:
         return _checked_dense(q, k, v, *options)
-    scale, window, softcap, dropout_p, engine = _right_calls.get(
-        signature, lambda: _remembered(*_checked_dense(q, k, v, *options))
-    )
-    return Problem(q, k, v, scale, window, softcap, None, dropout_p, None, None, signature), engine
+    like = _right_calls.get(key, lambda: _remembered(*_checked_dense(q, k, v, *options)))
+    numbers = like.softmax_scale, like.window, like.softcap, None, like.dropout_p
+    return Problem(q, k, v, *numbers, None, None, like), like.engine
 
 
-def _signature(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Hashable | None:
+def _seen(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Hashable | None:
     """All that checks, and who chooses an engine, may see of a dense call; None: more than shapes and numbers."""
-    for x in (q, k, v):
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-            return None
-    if any(isinstance(option, (Tensor, torch.SymInt)) for option in options):
+    if not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN):
         return None
-    tensors = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v)]
-    return (*tensors, options)
+    if any(isinstance(option, Tensor) for option in options):
+        return None
+    of_q, of_k, of_v = ((x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v))
+    return of_q, of_k, of_v, options
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _remembered(problem: Problem, engine: str) -> _RightCall:
-    return problem.softmax_scale, problem.window, problem.softcap, problem.dropout_p, engine
+    return _RightCall(problem.softmax_scale, problem.window, problem.softcap, problem.dropout_p, engine)
 
 
 def _checked_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, str]:
@@ -151,7 +163,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     def compute(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem, engine = make_problem(*arguments)
         _check_values(problem)
-        out, lse = engines.select(problem, "forward", engine).engine.forward(problem)
+        out, lse = engines.select(problem, "forward", engine).forward()
         return out, lse
 
     def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -168,7 +180,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         problem, engine = make_problem(*arguments)
         validation.backward(problem, dout, dlse, out, lse)
         _check_values(problem)
-        dq, dk, dv = engines.select(problem, "backward", engine).engine.backward(problem, dout, out, lse, dlse)
+        dq, dk, dv = engines.select(problem, "backward", engine).backward(dout, out, lse, dlse)
         return dq, dk, dv
 
     def fake_backward(

@@ -18,11 +18,12 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import choice, first_use, peers, plot, processes, records, serve, timing
+from bench import choice, first_use, peers, plot, processes, records, serve, table, timing
 from bench.cases import Case, Direction, Inputs
+from bench.latency import latency_records
 from bench.peers import Peer
 from bench.race import race
-from bench.suites import BOTH, RACES, memory
+from bench.suites import BOTH, RACES, Entry, memory
 from bench.themes import THEMES
 from bench.timing import Ratio, Timing
 from compiled_fa import engines
@@ -403,6 +404,19 @@ def test_peak_memory_of_a_process_of_its_own():
     assert found["status"] == "timed", found
     assert found["results_bytes"] == 512 * 8 * 64 * 4
     assert 1.5 * scores < found["extra_bytes"] < 4 * scores  # scores and probabilities
+
+
+def test_latency():
+    """Every way to call is measured, or says why not."""
+    entry = Entry(Case.uniform(9, dtype=torch.float16, causal=True), ("ours", "SDPA", "flex"), ("forward",))
+    found = {(r["peer"], r["mode"]): r for r in latency_records([entry], CPU, seconds=0.1, quick=True)}
+    assert len(found) == 9
+    for (peer, mode), record in found.items():
+        refused = mode == "CUDA graph" or (peer, mode) == ("flex", "eager")
+        assert record["status"] == ("refused" if refused else "timed"), record
+        assert (record.get("launches") is not None) == (mode == "eager" and not refused)
+        assert refused or 0.0 < record["issued_us"] == record["finished_us"]
+        assert record["peer"] in table.latency_row(record)
 
 
 def test_first_use_in_a_new_process():

@@ -1,30 +1,35 @@
 """The fused engine's table of kernel options."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import capability_of, options_for
+from compiled_fa.engines.fused.options import KB, LEAST_KB, capability_of, largest_head_dim, options_for
 from compiled_fa.problem import Direction
-from compiled_fa.scores import Window
-from compiled_fa.tuning.gpu import TURING
+from compiled_fa.tuning import FlexOptions
+from compiled_fa.tuning.gpu import FUSED
 
-PLAIN = Features(
-    softmax_scale=1.0, softcap=None, alibi=False, window=Window(None, 0), threshold=None, packed=False, square=True
-)
+PLAIN = Features()
 
 
 def test_the_table_is_whole():
-    assert set(TURING.fp16) == set(
+    assert set(FUSED.fp16) == set(
         itertools.product(("forward", "backward"), (32, 64, 128, 256), ("dense", "packed", "many"))
     )
 
 
-@pytest.mark.parametrize("key", TURING.fp16, ids=str)
+TABLES: dict[Any, FlexOptions] = {
+    **FUSED.fp16,
+    **{(*key[2:], *key[:2]): options for key, options in FUSED.newer.items()},
+}
+
+
+@pytest.mark.parametrize("key", TABLES, ids=str)
 def test_tiles_are_what_the_template_takes(key):
-    sizes = dict(TURING.fp16[key])
+    sizes = dict(TABLES[key])
     assert all(128 % size == 0 and size >= 16 for name, size in sizes.items() if name.startswith("BLOCK"))
     if key[0] == "backward":
         assert sizes["BLOCK_N1"] % sizes["BLOCK_M1"] == 0
@@ -33,32 +38,55 @@ def test_tiles_are_what_the_template_takes(key):
 
 @pytest.mark.parametrize(("head_dim", "entry"), [(16, 32), (32, 32), (40, 64), (80, 128), (128, 128), (160, 256)])
 def test_the_next_head_dim_up_serves(head_dim, entry):
-    assert options_for("forward", head_dim, torch.float16, PLAIN, (7, 5)) == TURING.fp16["forward", entry, "dense"]
+    assert options_for("forward", head_dim, torch.float16, PLAIN, (7, 5)) == FUSED.fp16["forward", entry, "dense"]
 
 
 @pytest.mark.parametrize(
     ("changed", "entry"),
     [
-        ({"packed": True, "square": False}, "packed"),
-        ({"window": Window(64, 64)}, "dense"),
-        ({"softcap": 20.0}, "many"),
+        ({"layout": "packed"}, "packed"),
+        ({"layout": "padded"}, "packed"),
+        ({"softcap": True}, "many"),
         ({"alibi": True}, "many"),
-        ({"threshold": 0}, "many"),
+        ({"dropout": True}, "many"),
     ],
     ids=str,
 )
 def test_features_choose(changed, entry):
     features = Features(**{**vars(PLAIN), **changed})
-    assert options_for("backward", 64, torch.float16, features, (7, 5)) == TURING.fp16["backward", 64, entry]
+    assert options_for("backward", 64, torch.float16, features, (7, 5)) == FUSED.fp16["backward", 64, entry]
 
 
-def test_inductor_chooses_for_newer_gpus():
-    for capability in ((8, 0), (9, 0), capability_of(torch.device("cpu"))):
-        assert options_for("forward", 64, torch.float16, PLAIN, capability) == ()
+def test_newer_gpus_have_tiles_for_every_dtype():
+    """By their shared memory; up to head_dim 256 in both directions."""
+    assert {key[0] for key in FUSED.newer} == {*KB.values(), LEAST_KB} - {64}
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    for capability, direction in itertools.product(((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)), directions):
+        for dtype, head_dim in itertools.product((torch.float16, torch.bfloat16, torch.float32), (1, 64, 96, 200, 256)):
+            assert options_for(direction, head_dim, dtype, PLAIN, capability) in FUSED.newer.values()
+            assert head_dim <= largest_head_dim(dtype, capability)
+    assert options_for("forward", 64, torch.float16, PLAIN, capability_of(torch.device("cpu"))) == ()
+
+
+def least_shared_memory(key, options):
+    """Bytes that the template's operands take at the very least, as tuning/gpu.py has them."""
+    _, itemsize, direction, head_dim = key
+    sizes, row = dict(options), itemsize * head_dim
+    if direction == "backward":
+        return row * 2 * max(sizes["BLOCK_M1"] + sizes["BLOCK_N1"], sizes["BLOCK_M2"] + sizes["BLOCK_N2"])
+    copies = max(1, sizes["num_stages"] - 1)
+    return row * (sizes["BLOCK_M"] + 2 * copies * sizes["BLOCK_N"])
+
+
+@pytest.mark.parametrize("key", FUSED.newer, ids=str)
+def test_tiles_of_newer_gpus_fit(key):
+    options = FUSED.newer[key]
+    assert least_shared_memory(key, options) < key[0] * 1024
+    assert all(128 % size == 0 and size >= 16 for name, size in options if name.startswith("BLOCK"))
 
 
 def test_wide_dtypes_have_their_own_tiles():
     directions: tuple[Direction, ...] = ("forward", "backward")
     for direction, head_dim in itertools.product(directions, (16, 64, 128)):
         for dtype in (torch.bfloat16, torch.float32):
-            assert options_for(direction, head_dim, dtype, PLAIN, (7, 5)) in TURING.wide.values()
+            assert options_for(direction, head_dim, dtype, PLAIN, (7, 5)) in FUSED.wide.values()

@@ -119,3 +119,17 @@ def test_without_inductors_table_ops_stay_and_it_says_so(monkeypatch, caplog):
         lowering.tell_inductor()
         lowering.tell_inductor()
     assert caplog.text.count("slower") == 1
+
+
+def test_what_is_to_be_prepared_is_so_before_the_first_graph(monkeypatch):
+    called: list[str] = []
+    monkeypatch.setattr(
+        lowering, "_untold", {torch.ops.compiled_fa.attention.default: lambda *arguments: NotImplemented}
+    )
+    monkeypatch.setattr(lowering, "_preparations", [lambda: called.append("now")])
+    monkeypatch.setattr(
+        "torch._inductor.decomposition.register_decomposition", lambda ops: lambda rule: called.append("rule")
+    )
+    lowering.tell_inductor()
+    lowering.tell_inductor()
+    assert called == ["now", "rule"]

@@ -48,7 +48,7 @@ Traffic = Callable[[Kernel], Mapping[str, float]]  # bytes that a kernel moves, 
 ROOT = pathlib.Path(__file__).parents[1]
 PROCESSES = 2
 # What a kernel's machine code and figures depend on, besides its spec.
-ENGINE = [f"compiled_fa/engines/fused/{name}.py" for name in ("blocks", "flex", "mods")]
+ENGINE = [f"compiled_fa/engines/fused/{name}.py" for name in ("blocks", "flex", "kernels", "mods")]
 OFFLINE = [f"tools/offline/{name}.py" for name in ("compile", "engine", "fake_t4", "figures", "machine_code")]
 COMPILING = ["compiled_fa/inductor/graphs.py", "compiled_fa/tuning/gpu.py"]
 SOURCES = [*ENGINE, *OFFLINE, *COMPILING, "compiled_fa/scores/*.py", "compiled_fa_turing/*.py"]

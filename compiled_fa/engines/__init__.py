@@ -9,7 +9,16 @@ sdpa_cpu/  PyTorch's own flash kernel, on a CPU
 tiled/     PyTorch ops on tiles: everything, anywhere
 """
 
-from .engine import Engine
+from .engine import CannotServeError, Engine
 from .selection import ENGINES, Route, inlined, requested, select, use_engine
 
-__all__ = ["ENGINES", "Engine", "Route", "inlined", "requested", "select", "use_engine"]
+__all__ = [
+    "ENGINES",
+    "CannotServeError",
+    "Engine",
+    "Route",
+    "inlined",
+    "requested",
+    "select",
+    "use_engine",
+]

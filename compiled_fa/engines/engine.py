@@ -10,6 +10,11 @@ from torch import Tensor
 from ..problem import Direction, Problem
 
 
+class CannotServeError(RuntimeError):
+    """An engine that should have served a call found out that it cannot, before it computed anything: the message says
+    why."""
+
+
 class Engine(Protocol):
     """A way to compute attention: a module of this package that has all of these. Engines never import each other;
     what they share is the score program and the problem.
@@ -35,6 +40,8 @@ class Engine(Protocol):
         Asked before any other question, of problems whose tensors are fake and whose sizes may be symbols: it must not
         read values, nor compare symbols.
         """
+
+    # Both may raise CannotServeError, of kernels that cannot be compiled for a device, or not be launched there.
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """-> out, shaped as q with v's head_dim, and lse, (B, H, Sq) or, packed, (H, T)."""

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import config
 from ..caches import Cache
@@ -17,7 +18,7 @@ from ..messages import say_once
 from ..problem import Direction, Problem
 from ..tuning import Tuning, current
 from . import fused, sdpa_cpu, split_kv, tiled
-from .engine import Engine
+from .engine import CannotServeError, Engine
 
 
 def _engines(*modules: Engine) -> tuple[Engine, ...]:
@@ -41,11 +42,39 @@ _in_use = False
 
 
 class Route(NamedTuple):
-    """The engine that serves a call."""
+    """The engine that serves a call. by_name: it was asked for, and no other may serve."""
 
     engine: Engine
     problem: Problem
     direction: Direction
+    by_name: bool = False
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """-> out, lse."""
+        try:
+            return self.engine.forward(self.problem)
+        except CannotServeError as error:
+            return self._after(error).forward(self.problem)
+
+    def backward(
+        self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> dq, dk, dv."""
+        try:
+            return self.engine.backward(self.problem, dout, out, lse, dlse)
+        except CannotServeError as error:
+            return self._after(error).backward(self.problem, dout, out, lse, dlse)
+
+    def _after(self, error: CannotServeError) -> Engine:
+        """The engine that serves in place of one that found out that it cannot, which is said once."""
+        name = self.engine.name
+        if self.by_name:
+            raise RuntimeError(f"the {name} engine was asked for and cannot serve this call: {error}") from error
+        for engine in ENGINES[ENGINES.index(self.engine) + 1 :]:
+            if engine.unsupported_reason(self.problem.q.device, self.problem, self.direction) is None:
+                say_once(f"the {engine.name} engine serves in place of {name}, which cannot: {error}")
+                return engine
+        raise error
 
     def refusals(self) -> list[tuple[str, str]]:
         """The engines that come before it, and why they do not serve."""
@@ -102,25 +131,25 @@ def select(problem: Problem, direction: Direction, name: str = "auto") -> Route:
         engine = next(engine for engine in ENGINES if engine.name == name)
         if (reason := engine.unsupported_reason(device, problem, direction)) is not None:
             raise RuntimeError(f"the {name} engine was asked for and cannot serve this call: {reason}")
-        return Route(engine, problem, direction)
+        return Route(engine, problem, direction, by_name=True)
     if problem.signature is None:
         chosen = _best(problem, direction)
     else:
         key = problem.signature, direction, id(current()), eager_reason()
         chosen, _ = _served.get(key, lambda: (_best(problem, direction), current()))
-    route = Route(chosen, problem, direction)
-    if chosen is not ENGINES[0] and device.type != "cpu":
-        why = "; ".join(f"not {other}: {reason}" for other, reason in route.refusals())
-        say_once(f"the {chosen.name} engine serves on {device.type}, {why}")
-    return route
+    return Route(chosen, problem, direction)
 
 
 def _best(problem: Problem, direction: Direction) -> Engine:
-    chosen: Engine = ENGINES[-1]
+    device, chosen = problem.q.device, ENGINES[-1]
     for engine in _BEFORE_THE_LAST:
         defers = engine.defers(problem, direction, chosen.name)
-        if not defers and engine.unsupported_reason(problem.q.device, problem, direction) is None:
+        if not defers and engine.unsupported_reason(device, problem, direction) is None:
             chosen = engine
+    if chosen is not ENGINES[0] and device.type != "cpu":
+        refusals = Route(chosen, problem, direction).refusals()
+        why = "; ".join(f"not {other}: {reason}" for other, reason in refusals)
+        say_once(f"the {chosen.name} engine serves on {device.type}, {why}")
     return chosen
 
 

@@ -6,8 +6,9 @@ recompile limits of the model that calls us. So a graph is traced once with symb
 itself.
 
 Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs; its check for bfloat16;
-torch._inductor.cpp_builder.get_cpp_compiler; the counters of torch._dynamo.utils, without which nobody is told why they
-wait for less than two seconds. Tried with torch 2.11.0, 2.13.0 and 2.15.0.
+torch._inductor.cpp_builder.get_cpp_compiler; FakeTensor and
+statically_known_true; the counters of torch._dynamo.utils, without which nobody is told why they wait for less than two
+seconds. Tried with torch 2.11.0, 2.13.0 and 2.15.0.
 """
 
 from __future__ import annotations
@@ -63,6 +64,27 @@ def compiled_graph(
         misses = _cache_misses()
         compilation = pool.submit(compile_graph, function, example_inputs, config, decompositions)
         return result_of(compilation, what, lambda: _cache_misses() != misses)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Does a graph trace its operators? Then it has no values, and what is computed shall be part of that graph."""
+    return type(tensor) is not Tensor and isinstance(tensor, _fake_tensor())
+
+
+@functools.cache
+def _fake_tensor() -> type:
+    from torch._subclasses.fake_tensor import FakeTensor  # slow to import
+
+    return FakeTensor
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Is it true of all sizes that a graph is traced for? To ask makes it a graph for no fewer sizes."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _cache_misses() -> int:

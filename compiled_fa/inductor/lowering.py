@@ -1,8 +1,8 @@
-"""What Inductor makes of an op of ours that is one call of PyTorch's own kernel: that call.
+"""What Inductor makes of an op of ours where an engine is a handful of operators: those operators.
 
-An op's Python (checks, the choice of an engine) takes 40 µs in compiled code, as long as short attention itself. In a
-graph of fixed shapes all of it is known beforehand, and the engine's operators stand there in the op's place. Other
-backends of torch.compile, and torch.export, see the op.
+An op's Python (checks, the choice of an engine) takes 40 µs in compiled code, as long as short attention itself. All of
+it is known when a graph is made, and the engine's operators stand there in the op's place. Other backends of
+torch.compile, and torch.export, see the op.
 
 Private API: register_decomposition and fast_random_decomps of torch._inductor.decomposition, make_fallback of
 torch._inductor.lowering, tried with torch 2.11.0, 2.13.0 and 2.15.0; where they are missing, ops stay ops in compiled
@@ -22,11 +22,17 @@ from ..messages import say_once
 Rule = Callable[..., Any]  # the op's arguments -> its results, or NotImplemented: it stays an op
 
 _untold: dict[Any, Rule] = {}
+_preparations: list[Callable[[], None]] = []
 
 
 def register(op: Any, rule: Rule) -> None:
     """For the next graph that Inductor compiles."""
     _untold[op] = rule
+
+
+def prepare(function: Callable[[], None]) -> None:
+    """To be called before an op of ours is traced for Inductor the first time."""
+    _preparations.append(function)
 
 
 def tell_inductor() -> None:
@@ -36,6 +42,8 @@ def tell_inductor() -> None:
         return
     rules = dict(_untold)
     _untold.clear()
+    for function in _preparations:
+        function()
     try:
         from torch._inductor.decomposition import fast_random_decomps, register_decomposition
         from torch._inductor.lowering import make_fallback

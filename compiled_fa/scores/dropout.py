@@ -32,6 +32,11 @@ def mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
+def threshold(dropout_p: float) -> int:
+    """The hash, of signed 32 bits, below which nothing is kept: exact to 2**-32."""
+    return min(round(dropout_p * 2.0**32), 2**32 - 1) - 2**31
+
+
 @dataclass(frozen=True)
 class Dropout:
     """Keep decisions under one seed.
@@ -45,9 +50,8 @@ class Dropout:
 
     @classmethod
     def of(cls, dropout_p: float, seed: Tensor) -> Dropout:
-        """From a probability in [0, 1), exact to 2**-32, and an int64 seed of one element."""
-        threshold = min(round(dropout_p * 2.0**32), 2**32 - 1) - 2**31
-        return cls(seed.reshape(1).view(torch.int32), threshold)
+        """From a probability in [0, 1) and an int64 seed of one element."""
+        return cls(seed.reshape(1).view(torch.int32), threshold(dropout_p))
 
     def row(self, batch: Tensor, head: Tensor, q_idx: Tensor) -> Row:
         """What the decisions of a row have in common, of the broadcast shape of the three indices."""

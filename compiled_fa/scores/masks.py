@@ -30,6 +30,11 @@ def query_position(q_idx: Tensor, seqlen_q: int | Tensor, seqlen_k: int | Tensor
     return q_idx + (seqlen_k - seqlen_q)
 
 
+def within(kv_idx: Tensor, start: int | Tensor, stop: int | Tensor) -> Tensor:
+    """Elementwise: is this key in the interval [start, stop) that a query sees?"""
+    return (kv_idx >= start) & (kv_idx < stop)
+
+
 class Window(NamedTuple):
     """Keys from position - left to position + right, both included; None: unbounded on that side."""
 

@@ -174,12 +174,14 @@ class Tiled:
 
 @dataclass(frozen=True)
 class Fused:
-    """Options of the fused engine's kernels by (direction, head_dim, kind of features), and in dtypes that the tensor
-    cores do not take by (direction, head_dim)."""
+    """Options of the fused engine's kernels. On Turing by (direction, head_dim, kind of features), and in dtypes that
+    its tensor cores do not take by (direction, head_dim); on newer GPUs by (KB of shared memory, bytes of an element,
+    direction, head_dim)."""
 
     measured_on: str | None
     fp16: Mapping[tuple[str, int, str], FlexOptions]
     wide: Mapping[tuple[str, int], FlexOptions]
+    newer: Mapping[tuple[int, int, str, int], FlexOptions]
 
 
 @dataclass(frozen=True)

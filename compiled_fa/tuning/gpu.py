@@ -63,5 +63,53 @@ _TURING_WIDE: dict[tuple[str, int], FlexOptions] = {
     ("backward", 128): _backward(16, 16, 16, 16, 8, 1),  # 33
 }
 
-# Inductor's own tables begin with Ampere.
-TURING = Fused(measured_on=None, fp16=_TURING_FP16, wide=_TURING_WIDE)
+# Newer GPUs: by the KB of shared memory that a block may have there, the bytes of an element, and head_dim, for which
+# the template rounds up to a power of two. What a kernel takes of it (bytes, in the template): forward a tile of q,
+# `num_stages - 1` (at least 1) of k and v and one of probabilities, backward tiles of q, dout, k, v and of dS. In 16
+# bits they are tiles of PyTorch's own tables for flex_attention, measured by its people on A100, H100 and RTX 50, where
+# those fit; the others are the largest of a few that do, with few spills (behind some: how many, packed with softcap).
+# No card was there to measure these on.
+_AMPERE: dict[tuple[int, int, str, int], FlexOptions] = {
+    (99, 2, "forward", 64): _forward(128, 64, 4, 2),
+    (99, 2, "forward", 128): _forward(128, 64, 8, 2),
+    (99, 2, "forward", 256): _forward(32, 64, 4, 2),
+    (99, 2, "backward", 64): _backward(32, 64, 64, 32, 4, 2),
+    (99, 2, "backward", 128): _backward(32, 64, 64, 32, 4, 2),  # 60
+    (99, 2, "backward", 256): _backward(32, 32, 32, 32, 8, 1),
+    (99, 4, "forward", 64): _forward(64, 32, 4, 2),
+    (99, 4, "forward", 128): _forward(32, 32, 4, 2),
+    (99, 4, "forward", 256): _forward(32, 16, 4, 2),
+    (99, 4, "backward", 64): _backward(32, 32, 32, 32, 8, 1),
+    (99, 4, "backward", 128): _backward(32, 32, 32, 32, 8, 1),
+    (99, 4, "backward", 256): _backward(16, 16, 16, 16, 8, 1),  # 143
+    (163, 2, "forward", 64): _forward(128, 64, 4, 3),
+    (163, 2, "forward", 128): _forward(128, 64, 8, 3),
+    (163, 2, "forward", 256): _forward(32, 64, 4, 3),
+    (163, 2, "forward", 512): _forward(32, 32, 4, 2),  # 39
+    (163, 2, "backward", 64): _backward(64, 64, 64, 64, 4, 2),
+    (163, 2, "backward", 128): _backward(64, 64, 64, 64, 4, 2),
+    (163, 2, "backward", 256): _backward(32, 32, 32, 32, 8, 1),
+    (163, 2, "backward", 512): _backward(16, 16, 16, 16, 8, 1),
+    (163, 4, "forward", 64): _forward(64, 32, 4, 2),
+    (163, 4, "forward", 128): _forward(32, 32, 4, 2),
+    (163, 4, "forward", 256): _forward(32, 32, 8, 2),  # 23
+    (163, 4, "backward", 64): _backward(32, 32, 32, 32, 8, 1),
+    (163, 4, "backward", 128): _backward(32, 32, 32, 32, 8, 1),
+    (163, 4, "backward", 256): _backward(32, 32, 32, 32, 8, 1),
+    (227, 2, "forward", 64): _forward(128, 128, 4, 3),
+    (227, 2, "forward", 128): _forward(128, 64, 8, 3),
+    (227, 2, "forward", 256): _forward(64, 32, 4, 3),
+    (227, 2, "forward", 512): _forward(64, 32, 8, 2),  # 67
+    (227, 2, "backward", 64): _backward(64, 128, 128, 64, 8, 3),
+    (227, 2, "backward", 128): _backward(64, 128, 128, 64, 8, 3),
+    (227, 2, "backward", 256): _backward(64, 64, 64, 64, 4, 2),  # 1,154 with 8 warps
+    (227, 2, "backward", 512): _backward(16, 16, 16, 16, 8, 1),
+    (227, 4, "forward", 64): _forward(64, 32, 4, 2),
+    (227, 4, "forward", 128): _forward(32, 32, 4, 2),
+    (227, 4, "forward", 256): _forward(32, 32, 8, 2),
+    (227, 4, "backward", 64): _backward(32, 32, 32, 32, 8, 1),
+    (227, 4, "backward", 128): _backward(32, 32, 32, 32, 8, 1),
+    (227, 4, "backward", 256): _backward(32, 32, 32, 32, 8, 1),
+}
+
+FUSED = Fused(measured_on=None, fp16=_TURING_FP16, wide=_TURING_WIDE, newer=_AMPERE)

@@ -113,6 +113,48 @@ def test_the_host_never_waits(device, dropout_p):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "packed"])
+def test_eager_calls_in_a_cuda_graph(device, dense):
+    """Replayed on other values, and on other lengths in the same cu_seqlens."""
+    rows = (2, 300, 4, 64) if dense else (600, 4, 64)
+    q, k, v = (torch.randn(rows, device=device, dtype=torch.float16, requires_grad=True) for _ in range(3))
+    cu_seqlens = cumulative([100, 0, 500]).to(device)
+
+    def step():
+        with use_engine("fused"):
+            if dense:
+                out = flash_attn_func(q, k, v, causal=True)
+            else:
+                out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 600, 600, causal=True)
+            return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.copy_(torch.randn_like(q))
+        cu_seqlens.copy_(cumulative([250, 50, 300]).to(device))
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 200, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_can_be_launched(device, dtype, head_dim):
+    """With every feature, in both directions."""
+    case = Case(
+        ((70, 90), (130, 130)), head_dim=head_dim, head_dim_v=head_dim, dtype=dtype, softcap=5.0, slopes="batch"
+    )
+    if fused.unsupported_reason(device, make(case).to(device).problem()) is None:
+        check_against_float64(make(case), run_on(device, fused, make(case)))
+
+
 def test_same_inputs_same_bits(device):
     data = make(Case(LENGTHS["varlen"], head_dim=64, head_dim_v=64, dtype=torch.float16, causal=True))
     first, second = (run_on(device, fused, data) for _ in range(2))

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="needs Triton to compile kernels for sm_75"
 from support import RESULTS, Case, Data, check_against_float64, make, packed, run_naive
 
 from compiled_fa.engines import fused
-from compiled_fa.engines.fused import flex
+from compiled_fa.engines.fused import kernels
 from compiled_fa.testing.budget import budget, error, magnitudes
 from tools import kernel_traffic
 from tools.offline.engine_kernels import DIRECTIONS, Direction
@@ -199,23 +199,23 @@ def test_without_a_fault_nothing_is_wrong(intact: Intact) -> None:
     assert not intact.is_wrong_with(intact.ptx)
 
 
-# Keys after the query: kept if key <= query, or dropped if key > query.
-COMPARISON = r"setp\.(le|gt)(\.s32\s+%p\d+, %r\d+, %r\d+;)"
+# Keys that a row sees: from its first one on, and here that is the first of all.
+COMPARISON = r"setp\.ge(\.s32\s+%p\d+, %r\d+, %r\d+;)"
 
 
-def _without_the_diagonal(comparison: re.Match[str]) -> str:
-    return f"setp.{ {'le': 'lt', 'gt': 'ge'}[comparison[1]] }{comparison[2]}"
+def _without_the_first(comparison: re.Match[str]) -> str:
+    return f"setp.gt{comparison[1]}"
 
 
 def test_planted_mask_off_by_one(intact: Intact) -> None:
     assert len(re.findall(COMPARISON, intact.ptx)) >= 32
-    assert intact.is_wrong_with(re.sub(COMPARISON, _without_the_diagonal, intact.ptx))
+    assert intact.is_wrong_with(re.sub(COMPARISON, _without_the_first, intact.ptx))
 
 
 def test_planted_mask_off_by_one_in_one_register(intact: Intact) -> None:
-    """Of the scores that a thread holds, every other pair may lie on the diagonal: one of the first two does."""
-    comparisons = list(re.finditer(COMPARISON, intact.ptx))[:4]
-    faulty = [intact.ptx[: c.start()] + _without_the_diagonal(c) + intact.ptx[c.end() :] for c in comparisons]
+    """Of the scores that a thread holds, one of the first eight is of the first key."""
+    comparisons = list(re.finditer(COMPARISON, intact.ptx))[:8]
+    faulty = [intact.ptx[: c.start()] + _without_the_first(c) + intact.ptx[c.end() :] for c in comparisons]
     assert any(intact.is_wrong_with(ptx) for ptx in faulty)
 
 
@@ -250,10 +250,10 @@ def test_planted_store_past_the_end(intact: Intact) -> None:
 
 
 def test_the_engine_is_itself_again_afterwards() -> None:
-    run = flex.run
+    run = kernels.run
     with engine_on_ptx():
-        assert flex.run is not run
-    assert flex.run is run
+        assert kernels.run is not run
+    assert kernels.run is run
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -8,7 +8,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from compiled_fa.engines.fused.kernels import Spec
+from compiled_fa.engines.fused.mods import Features
 from compiled_fa.engines.fused.options import options_for
+from compiled_fa.tuning.gpu import FUSED
 from tools.offline import Kernel, in_own_process
 from tools.offline.engine import compile_spec
 from tools.offline.engine_kernels import DIRECTIONS, EVERYTHING
@@ -77,3 +80,22 @@ def test_wide_dtypes_fit_in_an_sm(dtype):
         compiled = in_own_process(compile_spec, dataclasses.replace(spec, dtype=dtype, options=options), turing=True)
         assert compiled.shared <= SHARED
         assert compiled.hmma == 0
+
+
+CAPABILITIES = {99: (8, 6), 163: (8, 0), 227: (9, 0)}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [(99, 2, "forward", 256), (163, 2, "backward", 512), (227, 2, "forward", 512)],
+    ids=lambda key: f"{key[0]} KB {key[2]} {key[3]}",
+)
+def test_newer_gpus_have_the_shared_memory(key):
+    """A sample of their tiles, of those that take most: compiled for such a GPU."""
+    kilobytes, itemsize, direction, head_dim = key
+    assert itemsize == torch.bfloat16.itemsize
+    features = Features(softcap=True, layout="packed")
+    strides = ((4 * head_dim, head_dim),) * (3 if direction == "forward" else 5)
+    spec = Spec(direction, features, torch.bfloat16, 4, 4, head_dim, head_dim, strides, False, options=FUSED.newer[key])
+    compiled = in_own_process(compile_spec, spec, turing=False, capability=CAPABILITIES[kilobytes])
+    assert compiled.shared <= kilobytes * 1024

@@ -24,7 +24,7 @@ TARGET = GPUTarget("cuda", 75, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A kernel compiled for sm_75."""
+    """A kernel compiled for sm_75, or another GPU that was asked for."""
 
     name: str
     num_warps: int
@@ -101,12 +101,14 @@ def compile_jit(
     return compile_ast(source, turing, {"num_warps": num_warps, "num_stages": num_stages})
 
 
-def compile_source(source: KernelSource, *, turing: bool) -> Compiled:
-    """Compiles a kernel that Inductor wrote, with the warps and stages that it wrote with it."""
+def compile_source(source: KernelSource, *, turing: bool, target: GPUTarget = TARGET) -> Compiled:
+    """Compiles a kernel that Inductor wrote, with the warps and stages that it wrote with it. target: a T4, or a newer
+    GPU."""
     function, keywords = _load(source)
     meta = keywords["triton_meta"]
     ast = ASTSource(fn=function, signature=meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0])
-    return compile_ast(ast, turing, {name: keywords[name] for name in ("num_warps", "num_stages")})
+    options = {name: keywords[name] for name in ("num_warps", "num_stages")}
+    return compile_ast(ast, turing, options, target)
 
 
 @contextlib.contextmanager
@@ -121,10 +123,10 @@ def stage(turing: bool) -> Iterator[None]:
         switch[was_enabled]()
 
 
-def compile_ast(source: ASTSource, turing: bool, options: Mapping[str, Any]) -> Compiled:
+def compile_ast(source: ASTSource, turing: bool, options: Mapping[str, Any], target: GPUTarget = TARGET) -> Compiled:
     """options: num_warps, num_stages and what else Triton's compiler knows."""
     with stage(turing):
-        binary = triton.compile(source, target=TARGET, options=dict(options))
+        binary = triton.compile(source, target=target, options=dict(options))
     cubin = binary.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

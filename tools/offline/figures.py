@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from compiled_fa.engines.fused.flex import Spec
+from compiled_fa.engines.fused.kernels import Spec
 from tools.offline.compile import Compiled
 from tools.offline.engine import compile_spec
 from tools.offline.machine_code import UNITS, inner_loops

@@ -4,7 +4,7 @@
         out, lse = fused.forward(problem)  # tensors on the CPU
     print(launches[-1].kernel.name, launches[-1].counters.global_bytes)
 
-All of the engine is its own: layouts, block tables, specs with Turing's options. Only `flex.run` is replaced: its
+All of the engine is its own: layouts, block tables, specs with Turing's options. Only `kernels.run` is replaced: its
 graph is compiled for a T4 in a process that believes in one, and the wrapper that Inductor generated, which allocates
 buffers and launches kernels, is executed here with launches that go to the interpreter.
 
@@ -24,7 +24,7 @@ import multiprocessing
 import pathlib
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -32,9 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiled_fa.engines.fused import attention, flex
-from compiled_fa.engines.fused.attention import TURING
-from compiled_fa.engines.fused.options import options_for
+from compiled_fa.engines.fused import attention, kernels
+from compiled_fa.engines.fused.options import TURING, options_for
 from compiled_fa.problem import Problem
 
 from .counters import Counters
@@ -123,13 +122,13 @@ def engine_on_ptx(*, turing: bool = True, edit: Callable[[Kernel], Kernel] | Non
     """
     launches: list[Launch] = []
 
-    def run(spec: flex.Spec, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def run(spec: kernels.Spec, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         graph = compile_graph(with_turing_options(spec), turing)
         if edit is not None:
             graph = dataclasses.replace(graph, kernels={name: edit(kernel) for name, kernel in graph.kernels.items()})
-        return graph.run(inputs, launches)
+        return graph.run([given[name] for name in spec.names], launches)
 
-    with mock.patch.object(flex, "run", run):
+    with mock.patch.object(kernels, "run", run):
         yield launches
 
 
@@ -145,7 +144,7 @@ def measure(head_dim: int, seqlen: int) -> dict[str, Counters]:
     return {"forward": forward, "backward": backward}
 
 
-def with_turing_options(spec: flex.Spec) -> flex.Spec:
+def with_turing_options(spec: kernels.Spec) -> kernels.Spec:
     """A spec made on the CPU, with the options that it has on a T4."""
     head_dim = max(spec.head_dim, spec.head_dim_v)
     options = options_for(spec.direction, head_dim, spec.dtype, spec.features, TURING)
@@ -153,7 +152,7 @@ def with_turing_options(spec: flex.Spec) -> flex.Spec:
 
 
 @functools.cache
-def compile_graph(spec: flex.Spec, turing: bool = True) -> Graph:
+def compile_graph(spec: kernels.Spec, turing: bool = True) -> Graph:
     """A spec's graph as it is compiled on a T4."""
     return _compiler().submit(_compile_here, spec, turing).result()
 
@@ -166,7 +165,7 @@ def _compiler() -> concurrent.futures.Executor:
     return executor
 
 
-def _compile_here(spec: flex.Spec, turing: bool) -> Graph:
+def _compile_here(spec: kernels.Spec, turing: bool) -> Graph:
     from tools.offline import fake_t4
 
     fake_t4.install()
@@ -192,7 +191,7 @@ def _compile_here(spec: flex.Spec, turing: bool) -> Graph:
         mock.patch.object(async_compile.AsyncCompile, "triton", keep),
         mock.patch.object(GraphLowering, "save_output_code", wrappers.append),
     ):
-        graphs.compile_graph(spec.graph(), lambda size: spec.example_inputs("cuda", size), settings)
+        graphs.compile_graph(spec.function, lambda size: spec.example_inputs("cuda", size), settings)
     (wrapper,) = wrappers
     return Graph({name: _compile_kernel(name, source, turing) for name, source in sources.items()}, wrapper)
 

@@ -1,11 +1,11 @@
 """The fused engine: one Triton kernel forward, one backward, from Inductor's flex_attention template.
 
 attention.py  forward and backward of a call
-blocks.py     which tiles exist and which are full, computed on the device from lengths
-layouts.py    tensors as the template takes them: views of dense ones
-aligned.py    packed sequences laid out so that a tile belongs to one of them
+tables.py     a call's tables and numbers on its device, made once for all calls that share them
+blocks.py     which keys a row sees, which tiles exist and which are full, from lengths
+kernels.py    what compiled code is for, and the tensors that it takes
+flex.py       a call as one graph: the template's operators and what is around them
 mods.py       the score program in the form the template inlines
-flex.py       the template's operators, and their compilation
 options.py    tile sizes, warps and stages
 """
 

@@ -1,25 +1,31 @@
-"""Forward and backward of one call: into the layout of the template, through its kernel, and back."""
+"""Forward and backward of one call: its tensors, tables and numbers put together, and through one compiled graph."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import turing
+from ...inductor import lowering
+from ...inductor.graphs import is_known, is_traced
 from ...messages import say_once
 from ...problem import Direction, Problem
-from . import flex
-from .layouts import Layout, canonical, layout_of, padded
-from .mods import Features
-from .options import capability_of, options_for
+from ...scores import Dropout
+from ...scores.dropout import threshold as dropout_threshold
+from . import kernels, tables
+from .blocks import BLOCK
+from .flex import Graph
+from .kernels import Spec, canonical
+from .mods import Features, Layout
+from .options import TURING, capability_of, largest_head_dim, options_for, shared_memory
 
-LARGEST_HEAD_DIM = 256
-LARGEST_WIDE_HEAD_DIM = 128  # of bf16 and fp32 on Turing, whose operands take twice the shared memory
-LARGEST_TENSOR = 2**30  # kernels index with 32 bits, and block-aligned copies are larger than the tensors
-TURING = (7, 5)
+LARGEST_TENSOR = 2**31  # kernels index with 32 bits
+WIDE = ("q", "k", "v", "dout", "out")  # of a kernel's tensors, in its order, those with rows of heads
 
 
 def unsupported_reason(
@@ -28,25 +34,37 @@ def unsupported_reason(
     """Why this engine cannot serve a device, or a call on it; None: it can."""
     if device.type != "cuda":
         return f"it needs a CUDA device, and this is {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if capability_of(device) == TURING and (missing := turing.missing()):
+    capability = capability_of(device)
+    if (missing := _missing(capability)) is not None:
         return missing
-    if capability_of(device) < TURING:
-        return f"it needs compute capability 7.5, and this device has {'.'.join(map(str, capability_of(device)))}"
     if problem is not None:
         if problem.q.dtype == torch.float64:
             return "it computes in fp32, and these are fp64"
         largest = max(problem.q.shape[-1], problem.v.shape[-1])
-        if largest > LARGEST_HEAD_DIM:
-            return f"it has tiles for head_dim up to {LARGEST_HEAD_DIM}, and this is {largest}"
-        wide = problem.q.dtype != torch.float16
-        if capability_of(device) == TURING and wide and largest > LARGEST_WIDE_HEAD_DIM:
-            ends = f"its tiles for {problem.q.dtype} end at head_dim {LARGEST_WIDE_HEAD_DIM}"
-            return f"on Turing {ends}, and this is {largest}"
-        elements = max(problem.q.numel(), problem.k.numel(), problem.v.numel())
+        most = largest_head_dim(problem.q.dtype, capability)
+        if largest > most:
+            memory = f"{shared_memory(capability)} KB of shared memory"
+            return f"its tiles for {problem.q.dtype} in {memory} end at head_dim {most}, and this is {largest}"
+        elements = max(map(_extent, (problem.q, problem.k, problem.v)))
         if elements >= LARGEST_TENSOR:
-            return f"it indexes tensors of less than 2**30 elements, and this has {elements}"
+            return f"it indexes tensors that lie within less than 2**31 elements, and this takes {elements}"
+    return None
+
+
+def _extent(x: Tensor) -> int:
+    """Elements from a tensor's first to its last, gaps between rows and all."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+@functools.cache
+def _missing(capability: tuple[int, int]) -> str | None:
+    """What this process or a device of this capability has not."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if capability == TURING and (missing := turing.missing()):
+        return missing
+    if capability < TURING:
+        return f"it needs compute capability 7.5, and this device has {'.'.join(map(str, capability))}"
     return None
 
 
@@ -56,98 +74,120 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
 
 
 def inlines(problem: Problem) -> bool:
-    """Its kernels are compiled by themselves."""
-    return False
+    """In a graph of CUDA tensors a call is the template's operators and those of its tables, whatever the sizes: layers
+    share the tables, since common subexpressions are computed once."""
+    return problem.q.device.type == "cuda"
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out, shaped as q with v's head_dim, and lse, (B, H, Sq) or, packed, (H, T)."""
-    out_shape = (*problem.q.shape[:-1], problem.v.shape[-1])
-    if problem.q.numel() == 0 or problem.k.numel() == 0:
+    if _nothing_to_see(problem):
         *leading, rows, heads = problem.q.shape[:-1]
-        lse = problem.q.new_full((*leading, heads, rows), -math.inf, dtype=torch.float32)
-        return problem.q.new_zeros(out_shape), lse
-    _prepare(problem)
-    layout = layout_of(problem)
-    q, k, v = _loaded(layout, problem)
-    spec = _spec("forward", layout.features, problem, layout, (q, k, v))
-    out, lse = flex.run(spec, [q, k, v, *layout.block_tables, *layout.buffers.flatten()])
-    if problem.dropout_p > 0.0:
-        # The kernel normalised over the kept keys. The softmax is over all of them, whose lse a second pass finds:
-        # out = exp(lse_kept - lse) / (1 - p) * out_kept. Its v is a sliver of v, to have less to multiply.
-        features = layout.features.without_dropout()
-        sliver = canonical(v[..., : padded(v[..., :1]).shape[-1]])
-        spec = _spec("forward", features, problem, layout, (q, k, sliver))
-        _, lse_all = flex.run(spec, [q, k, sliver, *layout.block_tables, *layout.buffers.without_dropout().flatten()])
-        factor = torch.exp(lse - lse_all.clamp(min=torch.finfo(torch.float32).min)) / (1.0 - problem.dropout_p)
-        out, lse = (out * factor[..., None]).to(out.dtype), lse_all
-    out = layout.store_queries(out[..., : problem.v.shape[-1]])
-    return out, _stored_rows(layout, lse, problem)
+        out = problem.q.new_zeros((*problem.q.shape[:-1], problem.v.shape[-1]))
+        return out, problem.q.new_full((*leading, heads, rows), -math.inf, dtype=torch.float32)
+    out, lse = _run("forward", problem, {})
+    return out, lse
 
 
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv. Probabilities come from the lse given, which may be merged over more keys than these."""
-    if problem.q.numel() == 0 or problem.k.numel() == 0:
+    if _nothing_to_see(problem):
         return torch.zeros_like(problem.q), torch.zeros_like(problem.k), torch.zeros_like(problem.v)
-    _prepare(problem)
-    layout = layout_of(problem)
-    q, k, v = _loaded(layout, problem)
-    delta = (dout.float() * out.float()).sum(-1)  # FlashAttention-2, Algorithm 2, line 4; (B, S, H) or (T, H)
-    if dlse is not None:
-        delta = delta - dlse.mT
-    if problem.dropout_p > 0.0:
-        dout = dout / (1.0 - problem.dropout_p)
-    douts = canonical(layout.load_queries(padded(dout)))
-    # Rows that only fill up a block: lse +inf makes their probabilities 0.
-    lses = layout.load_queries(lse.mT[..., None], fill=math.inf)[..., 0].contiguous()
-    deltas = layout.load_queries(delta[..., None])[..., 0].contiguous()
-    spec = _spec("backward", layout.features, problem, layout, (q, k, v, douts))
-    dq, dk, dv = flex.run(spec, [q, k, v, douts, lses, deltas, *layout.block_tables, *layout.buffers.flatten()])
-    return (
-        layout.store_queries(dq[..., : problem.q.shape[-1]]),
-        layout.store_keys(dk[..., : problem.k.shape[-1]]),
-        layout.store_keys(dv[..., : problem.v.shape[-1]]),
-    )
+    given = {"dout": dout, "out": out, "lse": lse.contiguous()}
+    given |= {} if dlse is None else {"dlse": dlse.contiguous()}
+    dq, dk, dv = _run("backward", problem, given)
+    return dq, dk, dv
 
 
-def _prepare(problem: Problem) -> None:
-    """Turing's tensor cores, for this engine's kernels and every other Triton kernel of the process."""
-    if capability_of(problem.q.device) == TURING:
-        turing.enable()
-        if problem.q.dtype == torch.bfloat16:
-            say_once("Turing has no tensor cores for bfloat16: it works, slowly; float16 is fast")
+def _nothing_to_see(problem: Problem) -> bool:
+    return problem.q.numel() == 0 or problem.k.numel() == 0 or problem.batch == 0
 
 
-def _loaded(layout: Layout, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    q = canonical(layout.load_queries(padded(problem.q)))
-    return q, canonical(layout.load_keys(padded(problem.k))), canonical(layout.load_keys(padded(problem.v)))
-
-
-def _stored_rows(layout: Layout, per_row: Tensor, problem: Problem) -> Tensor:
-    """lse, (1, H, rows) or (B, H, S), in the layout of the op."""
-    rows = layout.store_queries(per_row[..., None])[..., 0]
-    return rows.mT.contiguous()
-
-
-def _spec(
-    direction: Direction,
-    features: Features,
-    problem: Problem,
-    layout: Layout,
-    tensors: tuple[Tensor, ...],
-) -> flex.Spec:
-    q, k, v = tensors[:3]
-    return flex.Spec(
+def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """gradients: what backward takes besides."""
+    q, device = problem.q, problem.q.device
+    capability = capability_of(device)
+    if capability == TURING:
+        _prepare(q.dtype)
+    # Of a graph's sizes, these are in its code: heads and their dimensions.
+    nheads, nheads_k = int(q.shape[-2]), int(problem.k.shape[-2])
+    head_dims = int(q.shape[-1]), int(problem.v.shape[-1])
+    layout = tables.layout_of(problem, direction)
+    features = _features(problem, layout)
+    options = options_for(direction, max(head_dims), q.dtype, features, capability)
+    given = {"q": q, "k": problem.k, "v": problem.v, **gradients, **_of_the_call(problem)}
+    if is_traced(q):
+        # All of it becomes part of someone's graph, numbers as they are.
+        given |= {**tables.traced(problem, layout), **_numbers(problem, features)}
+        return Graph(direction, features, _divisible(problem, layout), options)(given)
+    wide = {name: canonical(x) for name, x in given.items() if name in WIDE}
+    stream = tables.stream_of(device)
+    given |= {**tables.tables_of(problem, layout, stream), **wide}
+    given |= {name: tables.number(x, device, stream) for name, x in _numbers(problem, features).items()}
+    spec = Spec(
         direction,
         features,
         q.dtype,
-        q.shape[1],
-        k.shape[1],
-        q.shape[-1],
-        v.shape[-1],
-        tuple((x.stride(2), x.stride(1)) for x in tensors),
-        layout.divisible,
-        options_for(direction, max(q.shape[-1], v.shape[-1]), q.dtype, features, capability_of(q.device)),
+        nheads,
+        nheads_k,
+        *head_dims,
+        tuple((x.stride(-3), x.stride(-2)) for x in wide.values()),
+        _divisible(problem, layout),
+        options,
+        "pages" in given,
+        "skipped" in given,
+        "dlse" in given,
     )
+    return kernels.run(spec, given)
+
+
+def _features(problem: Problem, layout: Layout) -> Features:
+    dropout = problem.dropout_p > 0.0 and problem.dropout_seed is not None
+    return Features(problem.softcap > 0.0, problem.alibi_slopes is not None, dropout, layout)
+
+
+def _numbers(problem: Problem, features: Features) -> dict[str, Any]:
+    numbers: dict[str, Any] = {"softmax_scale": float(problem.softmax_scale)}
+    if features.softcap:
+        numbers["softcap"] = problem.softcap
+    if features.dropout:
+        numbers |= {"threshold": dropout_threshold(problem.dropout_p), "keep": 1.0 - problem.dropout_p}
+    return numbers
+
+
+def _of_the_call(problem: Problem) -> dict[str, Tensor]:
+    """Tensors that are the call's own, besides its rows."""
+    given = {}
+    if problem.alibi_slopes is not None:
+        given["alibi_slopes"] = problem.alibi_slopes.expand(problem.batch, -1).contiguous()
+    if problem.dropout_p > 0.0 and problem.dropout_seed is not None:
+        given["seed"] = Dropout.of(problem.dropout_p, problem.dropout_seed).seed
+    if problem.packed is not None and problem.packed.block_table is not None:
+        given["pages"] = problem.packed.block_table.contiguous()
+    return given
+
+
+def _divisible(problem: Problem, layout: Layout) -> bool:
+    """Are there whole blocks only?"""
+    if layout == "padded" or (problem.packed is not None and problem.packed.block_table is not None):
+        return False
+    q, k = (problem.q.shape[1], problem.k.shape[1]) if layout == "dense" else (problem.q.shape[0], problem.k.shape[0])
+    return is_known(q % BLOCK == 0) and is_known(k % BLOCK == 0)
+
+
+def _before_graphs() -> None:
+    """A graph that Inductor has in its caches may be loaded without being traced: then nothing here is called."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == TURING and not turing.missing():
+        turing.enable()
+
+
+lowering.prepare(_before_graphs)
+
+
+def _prepare(dtype: torch.dtype) -> None:
+    """Turing's tensor cores, for this engine's kernels and every other Triton kernel of the process."""
+    turing.enable()
+    if dtype == torch.bfloat16:
+        say_once("Turing has no tensor cores for bfloat16: it works, slowly; float16 is fast")

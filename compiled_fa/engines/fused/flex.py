@@ -1,4 +1,5 @@
-"""The flex_attention template: one Triton kernel forward, one backward, with the score program inlined.
+"""The flex_attention template: one Triton kernel forward, one backward, with the score program inlined; and all that a
+call computes around it, in one graph.
 
 torch's public flex_attention recomputes its forward to differentiate, and derives the gradient of a score itself. An op
 with a backward of its own needs the two higher-order operators beneath it: forward, and backward given out's and lse's
@@ -13,23 +14,22 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch._higher_order_ops
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ...caches import Cache
-from ...inductor import graphs
-from ...inductor.graphs import Compiled
 from ...problem import Direction
-from .blocks import BLOCK
-from .mods import Features, Mods
+from ...scores import Dropout
+from .blocks import BLOCK, BlockTables, at, contiguous, stored
+from .mods import LOG2E, MASK_BUFFERS, Features, Mods
 
-LOG2E = math.log2(math.e)  # the template's lse is in base 2
+SMALLEST_HEAD_DIM = 16  # tl.dot takes no less: smaller ones are padded with zeros, which change no product
 
 TEMPLATE = {
     "BACKEND": "TRITON",
@@ -41,83 +41,156 @@ TEMPLATE = {
     "WRITE_DQ": True,
 }
 
-
-KERNELS: Cache[object, Compiled] = Cache("compiled kernels", entries=512)
+Arguments = Mapping[str, Any]  # a call's tensors by name, and numbers that become code
 
 
 @dataclass(frozen=True)
-class Spec:
-    """All that is fixed in a kernel; lengths and batch are not.
+class Graph:
+    """A call as a function of named tensors: what is fixed in its code, but for shapes.
 
-    strides: of q, k, v (and dout), each (row, head) in elements: see `rows`. divisible: lengths are multiples of BLOCK.
-    options: tile sizes, warps and stages by the template's names; empty: Inductor's own choice.
+    divisible: lengths are multiples of BLOCK. options: tile sizes, warps and stages by the template's names; empty:
+    Inductor's own choice.
+
+    q, k, v, dout, out, dq, dk and dv are as the op has them: (B, S, H, D) or (T, H, D); lse and its gradient (B, H, S)
+    or (H, T). Where rows are padded, `source` (B, S) says which packed rows those of a batch are, and `home` (T,) where
+    packed rows are then. Where keys are in pages, they are gathered as `pages` (B, blocks) says.
     """
 
     direction: Direction
     features: Features
-    dtype: torch.dtype
-    nheads: int
-    nheads_k: int
-    head_dim: int
-    head_dim_v: int
-    strides: tuple[tuple[int, int], ...]
     divisible: bool
     options: tuple[tuple[str, int], ...] = ()
 
-    def graph(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The function that is compiled, of (q, k, v, [dout, lse, delta], 8 BlockTables, buffers)."""
-        return _forward(self) if self.direction == "forward" else _backward(self)
+    def __call__(self, given: Arguments) -> tuple[Tensor, ...]:
+        """Forward: out, lse. Backward: dq, dk, dv."""
+        return self._forward(given) if self.direction == "forward" else self._backward(given)
 
-    def example_inputs(self, device: str, size: Callable[[str, int], Any]) -> list[Tensor]:
-        """Inputs to trace with. size: (name, typical value) -> a size, the same one for the same name."""
-        batch = 1 if self.features.packed else size("batch", 4)
-        seqlen_q, seqlen_k = size("seqlen_q", 8 * BLOCK), size("seqlen_k", 9 * BLOCK)
-        sides = [(seqlen_q, self.nheads, self.head_dim), (seqlen_k, self.nheads_k, self.head_dim)]
-        sides += [(seqlen_k, self.nheads_k, self.head_dim_v), (seqlen_q, self.nheads, self.head_dim_v)]
+    def _template_options(self) -> dict[str, Any]:
+        return {**TEMPLATE, "IS_DIVISIBLE": self.divisible, **dict(self.options)}
 
-        def empty(*shape: Any, dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+    def _mods(self, given: Arguments, dropping: bool) -> Mods:
+        names = self.features.score_buffers(dropping)
+        return Mods(
+            self.features, dropping, {name: given[name] for name in names if not isinstance(given[name], Tensor)}
+        )
 
-        inputs = [
-            torch.empty_strided(
-                (batch, heads, seqlen, head_dim), (seqlen * row, head, row, 1), dtype=self.dtype, device=device
-            )
-            for (seqlen, heads, head_dim), (row, head) in zip(sides, self.strides, strict=False)
-        ]
-        if self.direction == "backward":
-            inputs += [empty(batch, self.nheads, seqlen_q, dtype=torch.float32) for _ in range(2)]
-        for side, other in (("q", "k"), ("k", "q")):
-            blocks, width = size(f"{side}_blocks", 8 if side == "q" else 9), size(f"width_{other}", 7)
-            inputs += [empty(1, 1, blocks, dtype=torch.int32), empty(1, 1, blocks, width, dtype=torch.int32)] * 2
-        sequences = size("batch", 4)
-        shapes = {
-            "alibi_slopes": (sequences, self.nheads),
-            "dropout_low": (batch, self.nheads, seqlen_q),
-            "dropout_high": (batch, self.nheads, seqlen_q),
-            "seqlens_q": (sequences,),
-            "seqlens_k": (sequences,),
-            "q_batch": (seqlen_q,),
-            "q_index": (seqlen_q,),
-            "k_batch": (seqlen_k,),
-            "k_index": (seqlen_k,),
-            "shift": (),
-        }
-        for name in self.features.buffer_names():
-            inputs.append(empty(*shapes[name], dtype=torch.float32 if name == "alibi_slopes" else torch.int32))
-        return [x.clone() if any(x is y for y in inputs[:at]) else x for at, x in enumerate(inputs)]
+    def _forward(self, given: Arguments) -> tuple[Tensor, ...]:
+        q, k, v = _queries(given["q"], given), _keys(given["k"], given), _keys(given["v"], given)
+        if not self.features.dropout:
+            out, lse = self._pass(given, False, q, k, v)
+        else:
+            # The kernel normalised over the kept keys. The softmax is over all of them, whose lse a second pass finds:
+            # out = exp(lse_kept - lse) / (1 - p) * out_kept. Its v is a sliver of v, to have less to multiply.
+            out, kept = self._pass(self._with_hash(given, q), True, q, k, v)
+            _, lse = self._pass(given, False, q, k, v.narrow(3, 0, SMALLEST_HEAD_DIM))
+            factor = torch.exp2(kept - lse.clamp(min=torch.finfo(torch.float32).min)) / given["keep"]
+            out = (out * factor.unsqueeze(3)).to(out.dtype)
+        out = _columns(out, given["v"]).transpose(1, 2)
+        if "home" in given:
+            out = at(out.flatten(0, 1), given["home"])
+            lse = at(lse.transpose(1, 2).flatten(0, 1), given["home"]).transpose(0, 1)
+        elif given["q"].dim() == 3:
+            out, lse = out.squeeze(0), lse.squeeze(0)
+        return contiguous(out), contiguous(lse / LOG2E)
+
+    def _pass(self, given: Arguments, dropping: bool, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        mods = self._mods(given, dropping)
+        # softmax_scale is part of the score program, so the template's own is 1.
+        out, lse, *_ = _operators().flex_attention(
+            q,
+            k,
+            v,
+            mods.score,
+            _block_mask(mods, q, k, given),
+            1.0,
+            self._template_options(),
+            tuple(given[name] for name in mods.names),
+            tuple(given[name] for name in MASK_BUFFERS),
+        )
+        return out, lse
+
+    def _with_hash(self, given: Arguments, q: Tensor) -> Arguments:
+        """With what dropout's decisions of each row have in common: (B, H, S)."""
+        head = torch.arange(q.shape[1], dtype=torch.int32, device=q.device).unsqueeze(1)
+        if self.features.layout == "packed":
+            sequence, index = (given[name].narrow(0, 0, q.shape[2]).view(1, 1, -1) for name in ("sequence", "index"))
+        else:
+            sequence = torch.arange(q.shape[0], dtype=torch.int32, device=q.device).view(-1, 1, 1)
+            index = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
+        low, high = Dropout(given["seed"], given["threshold"]).row(sequence, head, index)
+        return {**given, "low": stored(low), "high": stored(high)}
+
+    def _backward(self, given: Arguments) -> tuple[Tensor, ...]:
+        q, k, v = _queries(given["q"], given), _keys(given["k"], given), _keys(given["v"], given)
+        dout, out = _queries(given["dout"], given), _queries(given["out"], given).float()
+        batched = given["q"].dim() == 4
+        lse = given["lse"] if batched else given["lse"].unsqueeze(0)
+        dlse = given.get("dlse")
+        dlse = dlse if dlse is None or batched else dlse.unsqueeze(0)
+        lse, buffers = lse * LOG2E, {}
+        if self.features.dropout:
+            # P / (1 - p) in place of P gives dV. Then dS = P (dP / (1 - p) - delta) wants (1 - p) delta.
+            keep = given["keep"]
+            lse = lse + (torch.log2(keep) if isinstance(keep, Tensor) else math.log2(keep))
+            delta = (out * dout).sum(-1)  # FlashAttention-2, Algorithm 2, line 4
+            delta = (delta if dlse is None else delta - dlse) * keep
+            given = self._with_hash(given, q)
+            lse, delta = stored(lse), stored(delta)
+            out, dlse, buffers = torch.zeros_like(out), -delta, {"lse": lse, "delta": delta}
+        mods = self._mods(given, self.features.dropout)
+        dq, dk, dv, *_ = _operators().flex_attention_backward(
+            q,
+            k,
+            v,
+            out,  # the template makes delta of it: rowsum(out * dout) - dlse / ln 2, for an lse in base 2
+            lse,
+            dout,
+            None if dlse is None else dlse / LOG2E,
+            mods.score,
+            mods.product_gradient,
+            _block_mask(mods, q, k, given),
+            1.0,
+            self._template_options(),
+            (*(given[name] for name in mods.names), *buffers.values()),
+            tuple(given[name] for name in MASK_BUFFERS),
+        )
+        gradients = (_columns(x, given[of]).transpose(1, 2) for x, of in ((dq, "q"), (dk, "k"), (dv, "v")))
+        return tuple(contiguous(x if batched else x.squeeze(0)) for x in gradients)
 
 
-def run(spec: Spec, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Forward: (out, lse in base e); backward: (dq, dk, dv). Compiled at the first call with a spec."""
-    if inputs[0].device.type == "cpu":
-        return spec.graph()(*inputs)
-    device = inputs[0].device.type
-    what = f"the fused {spec.direction} kernel for head_dim {spec.head_dim}"
+def _columns(x: Tensor, like: Tensor) -> Tensor:
+    missing = like.shape[-1] < SMALLEST_HEAD_DIM
+    return x.narrow(3, 0, like.shape[-1]) if missing else x
 
-    def compile_it() -> Compiled:
-        return graphs.compiled_graph(spec.graph(), lambda size: spec.example_inputs(device, size), what)
 
-    return tuple(KERNELS.get((spec, device), compile_it)(list(inputs)))
+def _wide_enough(x: Tensor) -> Tensor:
+    missing = SMALLEST_HEAD_DIM - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing > 0 else x
+
+
+def _queries(x: Tensor, given: Arguments) -> Tensor:
+    """The op's rows as the template has them: (B, H, S, D)."""
+    x = _wide_enough(x)
+    if "source" in given:
+        x = at(x, given["source"])
+    return (x if x.dim() == 4 else x.unsqueeze(0)).transpose(1, 2)
+
+
+def _keys(x: Tensor, given: Arguments) -> Tensor:
+    x = _wide_enough(x)
+    if "pages" in given:
+        pages, used = given["pages"], given["used"]
+        rows = torch.arange(pages.shape[1] * x.shape[1], dtype=torch.int32, device=x.device)
+        exists = rows < used.unsqueeze(1)
+        first_of_pages = rows.view(-1, x.shape[1]).select(1, 0)
+        page = torch.where(first_of_pages < used.unsqueeze(1), pages, 0)
+        if "skipped" in given:
+            skipped = given["skipped"].unsqueeze(1)
+            exists = exists & (rows >= skipped)
+            page = torch.where(first_of_pages + x.shape[1] > skipped, page, 0)
+        # What nobody has written may be NaN, which a probability of 0 does not undo.
+        x = torch.where(exists.view(-1, 1, 1), at(x, page).flatten(0, 2), 0.0)
+    return (x if x.dim() == 4 else x.unsqueeze(0)).transpose(1, 2)
 
 
 def _operators() -> Any:
@@ -125,60 +198,8 @@ def _operators() -> Any:
     return sys.modules["torch._higher_order_ops.flex_attention"]
 
 
-def _block_mask(mods: Mods, q: Tensor, k: Tensor, blocks: Sequence[Tensor]) -> tuple[Any, ...]:
-    make: Any = BlockMask  # whose __init__ takes the eight in the order of BlockTables
-    mask = make((q.shape[2], k.shape[2]), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mods.mask)
+def _block_mask(mods: Mods, q: Tensor, k: Tensor, given: Arguments) -> tuple[Any, ...]:
+    make: Callable[..., Any] = BlockMask  # whose __init__ takes the eight in the order of BlockTables
+    tables = (given[name] for name in BlockTables._fields)
+    mask = make((q.shape[2], k.shape[2]), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mods.mask)
     return (*mask.as_tuple()[:-1], mods.mask)
-
-
-def _template_options(spec: Spec) -> dict[str, Any]:
-    return {**TEMPLATE, "IS_DIVISIBLE": spec.divisible, **dict(spec.options)}
-
-
-def _forward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
-    mods = Mods(spec.features)
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        blocks, buffers = rest[:8], rest[8:]
-        mask = _block_mask(mods, q, k, blocks)
-        score = mods.kept_score if spec.features.threshold is not None else mods.score
-        # softmax_scale is part of the score program, so the template's own is 1.
-        out, lse, *_ = _operators().flex_attention(
-            q, k, v, score, mask, 1.0, _template_options(spec), tuple(buffers), tuple(buffers)
-        )
-        return out, lse / LOG2E
-
-    return forward
-
-
-def _backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
-    mods = Mods(spec.features)
-
-    def backward(
-        q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        blocks, buffers = rest[:8], rest[8:]
-        mask = _block_mask(mods, q, k, blocks)
-        dropping = spec.features.threshold is not None
-        score_buffers = (*buffers, lse, delta) if dropping else tuple(buffers)
-        # The template computes rowsum(out * dout) - dlse / ln 2 and subtracts it. Ours is delta, made in fp32: with
-        # out = 0, dlse = -delta * ln 2.
-        dq, dk, dv, *_ = _operators().flex_attention_backward(
-            q,
-            k,
-            v,
-            torch.zeros_like(dout),
-            lse * LOG2E,
-            dout,
-            delta / -LOG2E,
-            mods.kept_score if dropping else mods.score,
-            mods.product_gradient,
-            mask,
-            1.0,
-            _template_options(spec),
-            score_buffers,
-            tuple(buffers),
-        )
-        return dq, dk, dv
-
-    return backward

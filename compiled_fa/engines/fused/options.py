@@ -1,16 +1,19 @@
-"""Kernel options: tile sizes, warps and pipeline stages of the template.
-
-On Turing they come from tuning/gpu.py; Inductor's tables begin with Ampere, and serve from there on.
-"""
+"""Kernel options: tile sizes, warps and pipeline stages of the template, from tuning/gpu.py."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
 from ...problem import Direction
 from ...tuning import FlexOptions
-from ...tuning.gpu import TURING
+from ...tuning.gpu import FUSED
 from .mods import Features
+
+TURING = (7, 5)
+KB = {(7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
+LEAST_KB = 99  # of capabilities that KB does not name: 8.6, 8.9, 12.0 and 12.1, and those to come
 
 
 def options_for(
@@ -20,26 +23,49 @@ def options_for(
     features: Features,
     capability: tuple[int, int],
 ) -> FlexOptions:
-    """By the template's names; empty: Inductor's own."""
-    if capability >= (8, 0) or capability == (0, 0):
+    """By the template's names; empty where there is no GPU. KeyError where no tiles fit: see `largest_head_dim`."""
+    if capability == (0, 0):
         return ()
-    if dtype != torch.float16:
-        return TURING.wide[direction, _class(head_dim)]
-    return TURING.fp16[direction, _class(head_dim), _feature_class(features)]
+    if capability == TURING:
+        entry = next(entry for entry in (32, 64, 128, 256) if head_dim <= entry)
+        if dtype != torch.float16:
+            return FUSED.wide[direction, entry]
+        return FUSED.fp16[direction, entry, _feature_class(features)]
+    entry = next(entry for entry in (64, 128, 256, 512) if head_dim <= entry)
+    return FUSED.newer[shared_memory(capability), dtype.itemsize, direction, entry]
+
+
+@functools.cache
+def largest_head_dim(dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """For which there are tiles, in both directions."""
+    if capability == TURING:
+        fp16 = dtype == torch.float16
+        found = [key[:2] for key in (FUSED.fp16 if fp16 else FUSED.wide)]
+    else:
+        kind = shared_memory(capability), dtype.itemsize
+        found = [key[2:] for key in FUSED.newer if key[:2] == kind]
+    return max(head_dim for direction, head_dim in found if ("backward", head_dim) in found)
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """KB that a block may have."""
+    return KB.get(capability, LEAST_KB)
 
 
 def _feature_class(features: Features) -> str:
     """What of the features costs registers, and cycles of other units than the tensor cores."""
-    if features.alibi or features.softcap is not None or features.threshold is not None:
+    if features.alibi or features.softcap or features.dropout:
         return "many"
-    return "packed" if features.packed else "dense"
-
-
-def _class(head_dim: int) -> int:
-    """The table's head_dim that serves this one: the next one up."""
-    return next(entry for entry in (32, 64, 128, 256) if head_dim <= entry)
+    return "dense" if features.layout == "dense" else "packed"
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Compute capability; (0, 0) for what is no CUDA device."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if device.type != "cuda":
+        return 0, 0
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache  # a device keeps its own, and to ask takes a tenth of a call
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
