@@ -14,7 +14,7 @@
                       (anything, anywhere); and which of them serves a call
     scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
     inductor/         what we ask of Inductor: compiled graphs and steps, and what it makes of our ops in other graphs
-    turing/           tensor cores on Turing for every Triton kernel of the process
+    turing/           compiled_fa_turing by another name: tensor cores on Turing for every Triton kernel
     tuning/           the numbers that were tuned, and on which machine
     caches.py         what outlives a call, bounded
     config.py         the environment variables

@@ -10,20 +10,13 @@ it too, whatever starts them, unless they are told to ignore PYTHONPATH (python 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 
+from compiled_fa_turing.program import become, command
+
 from . import config
 from .drop_in import present
-
-
-def command(arguments: Sequence[str]) -> list[str]:
-    """python's own command line for a program and its arguments, with this interpreter's options."""
-    own = sys.orig_argv[1:]
-    options = own[: own.index("-m")] if "-m" in own else []
-    return [sys.executable, *options, *arguments]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,11 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("compiled_fa.run: this python ignores PYTHONPATH, by which flash_attn is found (-E, -I)", file=sys.stderr)
         return 1
     config.add_to_python_path(str(present.folder(asked.profile)))
-    line = command(program)
-    sys.stdout.flush()
-    if os.name != "nt":  # where exec makes a new process, and its parent ends
-        os.execv(line[0], line)
-    return subprocess.run(line, check=False).returncode
+    return become(command(program))
 
 
 def _options_only(arguments: Sequence[str]) -> bool:

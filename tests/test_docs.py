@@ -237,7 +237,7 @@ def test_links_are_found_and_every_page_is_reached_from_the_readme():
 @page_parameter()
 def test_paths_exist(page):
     for code in inline_code(page):
-        if re.fullmatch(r"(compiled_fa|bench|tools|tests|docs|examples)/[\w/.-]*", code):
+        if re.fullmatch(r"(compiled_fa|compiled_fa_turing|bench|tools|tests|docs|examples)/[\w/.-]*", code):
             assert (ROOT / code).exists(), code
 
 
@@ -279,7 +279,8 @@ def test_environment_variables_are_those_of_the_code():
                   for row in rows(ROOT / "docs" / "environment.md", "variable")}  # fmt: skip
     assert documented == {variable.name: variable.allowed for variable in config.VARIABLES}
     pattern = re.compile(r"COMPILED_FA_[A-Z]+")
-    in_code = {name for file in (ROOT / "compiled_fa").rglob("*.py") for name in pattern.findall(file.read_text())}
+    files = [file for name in ("compiled_fa", "compiled_fa_turing") for file in (ROOT / name).rglob("*.py")]
+    in_code = {name for file in files for name in pattern.findall(file.read_text())}
     assert in_code == set(documented)
     for page in TEXTS:
         assert set(pattern.findall(page.read_text())) <= set(documented), named(page)

@@ -38,6 +38,20 @@ LAYERS = [
     {"__main__"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+TURING = ROOT.parent / "compiled_fa_turing"
+TURING_LAYERS = [
+    {"config", "late", "target"},
+    {"inductor", "ir_text", "triton_private"},
+    {"dots"},
+    {"pipeline"},
+    {"stage"},
+    {"hook"},
+    {"__init__"},
+    {"site_hook", "startup"},
+    {"program"},
+    {"__main__", "sitecustomize"},
+]
+TURING_MODULES = sorted(TURING.rglob("*.py"))
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 
@@ -85,7 +99,29 @@ def test_every_module_has_its_place():
         assert top == "__init__" or unit_of(top) == top, f"{path}: LAYERS does not say where {top} stands"
 
 
+@pytest.mark.parametrize("path", TURING_MODULES, ids=lambda path: path.name)
+def test_the_turing_stage_stands_alone(path):
+    """It imports neither us nor torch, but for a function that only a compile worker of torch's calls."""
+    tree = ast.parse(path.read_text())
+    height = {name: height for height, layer in enumerate(TURING_LAYERS) for name in layer}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            whole = node.module or ""
+            names = [f"{whole}.{alias.name}" for alias in node.names] if whole == TURING.name else [whole]
+            assert not node.level
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            root, _, rest = name.partition(".")
+            assert root != "compiled_fa"
+            assert root != "torch" or (path.stem == "inductor" and node not in tree.body)
+            if root == TURING.name and (TURING / f"{rest}.py").exists():
+                assert height[rest] < height[path.stem], f"{path.name} imports {rest}, which is not below it"
+
+
 def test_only_config_reads_the_environment():
-    for path in MODULES:
+    for path in (*(ROOT / module for module in MODULES), *TURING_MODULES):
         if path.name != "config.py":
-            assert "os.environ" not in (ROOT / path).read_text(), f"{path} reads the environment"
+            assert "os.environ" not in path.read_text(), f"{path} reads the environment"

@@ -51,7 +51,7 @@ PROCESSES = 2
 ENGINE = [f"compiled_fa/engines/fused/{name}.py" for name in ("blocks", "flex", "kernels", "mods")]
 OFFLINE = [f"tools/offline/{name}.py" for name in ("compile", "engine", "fake_t4", "figures", "machine_code")]
 COMPILING = ["compiled_fa/inductor/graphs.py", "compiled_fa/tuning/gpu.py"]
-SOURCES = [*ENGINE, *OFFLINE, *COMPILING, "compiled_fa/scores/*.py", "compiled_fa/turing/*.py"]
+SOURCES = [*ENGINE, *OFFLINE, *COMPILING, "compiled_fa/scores/*.py", "compiled_fa_turing/*.py"]
 
 
 @dataclasses.dataclass(frozen=True)

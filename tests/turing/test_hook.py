@@ -12,7 +12,7 @@ import triton.language as tl
 from triton import knobs
 
 import compiled_fa.turing
-from compiled_fa.turing import hook, private
+from compiled_fa_turing import hook, triton_private
 from tools.offline import compile_jit, in_own_process
 
 from . import in_child, kernels
@@ -119,14 +119,14 @@ def test_triton_cache_in_memory():
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr(private, "_TRITON", {"triton.knobs": ("runtime.no_such_knob",)})
+    monkeypatch.setattr(triton_private, "_TRITON", {"triton.knobs": ("runtime.no_such_knob",)})
     with pytest.raises(RuntimeError, match=r"triton 3\.6 or newer .*no triton\.knobs\.runtime\.no_such_knob"):
         compiled_fa.turing.enable()
     assert not compiled_fa.turing.is_enabled()
 
 
 def test_everything_private_is_there():
-    assert private.missing() is None
+    assert triton_private.missing() is None
 
 
 def test_without_triton_the_import_works_and_enable_says_what_is_wanted():

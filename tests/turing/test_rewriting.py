@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiled_fa.turing import dots, ir_text, pipeline
-from compiled_fa.turing.ir_text import UnexpectedIRError
+from compiled_fa_turing import dots, ir_text, pipeline
+from compiled_fa_turing.ir_text import UnexpectedIRError
 
 PTR = "tensor<64x32x!tt.ptr<f16>, #blocked>"
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from compiled_fa.turing import ir_text
+from compiled_fa_turing import ir_text
 from tools.offline import compile_jit
 from tools.offline.machine_code import inner_loops
 
@@ -109,7 +109,7 @@ def test_bf16_and_fp8_are_widened_exactly_before_the_dot():
 
 
 def test_fp16_beside_fp64_takes_the_stock_path_and_says_so(monkeypatch):
-    monkeypatch.setattr("compiled_fa.turing.stage._warned", set())
+    monkeypatch.setattr("compiled_fa_turing.stage._warned", set())
     types = signature(wide_a="*fp64", wide_b="*fp64")
     compiled = compile_(kernels.two_dots, types, {"OUT": tl.float64}, warns="without tensor cores: a dot of f64")
     assert not matrix_instructions(compiled)
@@ -117,7 +117,7 @@ def test_fp16_beside_fp64_takes_the_stock_path_and_says_so(monkeypatch):
 
 
 def test_scaled_dots_take_the_stock_path(monkeypatch):
-    monkeypatch.setattr("compiled_fa.turing.stage._warned", set())
+    monkeypatch.setattr("compiled_fa_turing.stage._warned", set())
     types = {"a": "*fp8e5", "b": "*fp16", "scales": "*u8", "c": "*fp32"}
     assert not matrix_instructions(compile_(kernels.scaled, types, warns="a scaled dot"))
 
@@ -226,16 +226,16 @@ def test_no_pipeline_where_its_buffers_do_not_fit():
 
 def test_an_unknown_shape_of_line_means_no_pipeline(monkeypatch):
     """What pipeline.py cannot read is compiled without pipelining, with tensor cores, and with a warning."""
-    monkeypatch.setattr("compiled_fa.turing.stage._warned", set())
-    monkeypatch.setattr("compiled_fa.turing.pipeline._COPY", re.compile("nothing"))
+    monkeypatch.setattr("compiled_fa_turing.stage._warned", set())
+    monkeypatch.setattr("compiled_fa_turing.pipeline._COPY", re.compile("nothing"))
     compiled = compile_(kernels.cache_hints, signature(), warns="could not lower a kernel with num_stages=2: copy")
     assert compiled.hmma == 32
     assert not is_pipelined(compiled)
 
 
 def test_an_unknown_shape_of_dot_means_stock_triton(monkeypatch):
-    monkeypatch.setattr("compiled_fa.turing.stage._warned", set())
-    monkeypatch.setattr("compiled_fa.turing.dots.Dot._LINE", re.compile("nothing"))
+    monkeypatch.setattr("compiled_fa_turing.stage._warned", set())
+    monkeypatch.setattr("compiled_fa_turing.dots.Dot._LINE", re.compile("nothing"))
     compiled = compile_(kernels.cache_hints, signature(), warns="without tensor cores: dot")
     assert compiled.hmma == 0
     assert compiled.ffma

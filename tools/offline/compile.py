@@ -98,7 +98,7 @@ def compile_jit(
         constexprs=constants,
         attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16},
     )
-    return _compile(source, turing, num_warps, num_stages)
+    return compile_ast(source, turing, {"num_warps": num_warps, "num_stages": num_stages})
 
 
 def compile_source(source: KernelSource, *, turing: bool, target: GPUTarget = TARGET) -> Compiled:
@@ -107,7 +107,8 @@ def compile_source(source: KernelSource, *, turing: bool, target: GPUTarget = TA
     function, keywords = _load(source)
     meta = keywords["triton_meta"]
     ast = ASTSource(fn=function, signature=meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0])
-    return _compile(ast, turing, keywords["num_warps"], keywords["num_stages"], target)
+    options = {name: keywords[name] for name in ("num_warps", "num_stages")}
+    return compile_ast(ast, turing, options, target)
 
 
 @contextlib.contextmanager
@@ -122,9 +123,10 @@ def stage(turing: bool) -> Iterator[None]:
         switch[was_enabled]()
 
 
-def _compile(source: ASTSource, turing: bool, num_warps: int, num_stages: int, target: GPUTarget = TARGET) -> Compiled:
+def compile_ast(source: ASTSource, turing: bool, options: Mapping[str, Any], target: GPUTarget = TARGET) -> Compiled:
+    """options: num_warps, num_stages and what else Triton's compiler knows."""
     with stage(turing):
-        binary = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+        binary = triton.compile(source, target=target, options=dict(options))
     cubin = binary.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -133,7 +135,7 @@ def _compile(source: ASTSource, turing: bool, num_warps: int, num_stages: int, t
         sass = _tool(knobs.nvidia.nvdisasm.path, file.name)
     return Compiled(
         name=binary.metadata.name,
-        num_warps=num_warps,
+        num_warps=binary.metadata.num_warps,
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         shared=binary.metadata.shared,
         ttgir=str(binary.asm["ttgir"]),

@@ -70,6 +70,17 @@ class _Driver:
     def get_current_stream(self, device: object = None) -> int:
         return 0
 
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        """Of Triton's autotuner: every configuration is called once, and all are equally fast."""
+
+        def benchmark(
+            call: Callable[[], object], *, quantiles: Sequence[float] = (0.5,), **options: object
+        ) -> list[float]:
+            call()
+            return [1.0] * len(quantiles)
+
+        return benchmark
+
 
 def _always(answer: T) -> Callable[..., T]:
     return lambda *args, **kwargs: answer
@@ -90,6 +101,8 @@ def install() -> None:
         "is_bf16_supported": False,
         "mem_get_info": (PROPERTIES.total_memory, PROPERTIES.total_memory),
         "synchronize": None,
+        "manual_seed": None,
+        "manual_seed_all": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
         "_exchange_device": 0,

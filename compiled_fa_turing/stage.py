@@ -8,23 +8,26 @@ are those of two m16n8k8 side by side.
 """
 
 import dataclasses
+import logging
+import os
 import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from compiled_fa.turing import dots, ir_text, pipeline, private
-from compiled_fa.turing.ir_text import UnexpectedIRError
+from compiled_fa_turing import dots, ir_text, pipeline, triton_private
+from compiled_fa_turing.ir_text import UnexpectedIRError
+from compiled_fa_turing.target import CAPABILITY, SHARED_MEMORY
 
 Stage = Callable[[Any, dict[str, Any]], Any]  # (module, metadata) -> module
 
-CAPABILITY = 75
-SHARED_MEMORY = 65536  # bytes that a block can have on Turing
 _AMPERE = 80
 _MMA = re.compile(
     r"^(?P<alias>#mma\d*) = #ttg\.nvidia_mma<\{versionMajor = 2, versionMinor = 0, (?P<rest>.*"
     r"instrShape = \[(?:1, )?16, 8\]\})>$"
 )
+_KERNEL = re.compile(r"tt\.func public @(?P<name>\w+)")
+_log = logging.getLogger("compiled_fa.turing")
 _warned: set[str] = set()
 
 
@@ -37,15 +40,17 @@ def turing_stage(backend: Any, options: Any, stock: Stage) -> Stage:
             try:
                 prepared = ir_text.parse(text)
                 if not dots.prepare(prepared, most_stages):
+                    _debug(text, "left alone: it has no dot for Turing's tensor cores")
                     break
             except UnexpectedIRError as reason:
                 _warn(f"leaves a kernel without tensor cores: {reason}")
                 break
             try:
                 lowered = _lower(backend, options, str(prepared), most_stages, module.context, metadata)
-                fits = private.shared_bytes(lowered, module.context, options, CAPABILITY) <= SHARED_MEMORY
+                fits = triton_private.shared_bytes(lowered, module.context, options, CAPABILITY) <= SHARED_MEMORY
                 if fits or most_stages == 1:
-                    return private.parse_module(lowered, module.context)
+                    _debug(text, f"its dots are on tensor cores, its loops have at most {most_stages} stages")
+                    return triton_private.parse_module(lowered, module.context)
             except (UnexpectedIRError, RuntimeError) as reason:
                 _warn(f"could not lower a kernel with num_stages={most_stages}: {reason}")
         return stock(module, metadata)
@@ -54,7 +59,7 @@ def turing_stage(backend: Any, options: Any, stock: Stage) -> Stage:
 
 
 def _lower(backend: Any, options: Any, text: str, most_stages: int, context: Any, metadata: dict[str, Any]) -> str:
-    module = private.parse_module(text, context)
+    module = triton_private.parse_module(text, context)
     options = dataclasses.replace(options, num_stages=min(options.num_stages, most_stages))
     ampere = backend.make_ttgir(module, metadata, options, _AMPERE)
     lowered = ir_text.parse(str(ampere))
@@ -86,6 +91,11 @@ def _mark_as_turing(module: ir_text.Module) -> None:
             layout = re.search(r"#mma\d*|nvidia_mma", dot.d_type)
             if layout and (layout[0] not in turing_layouts or dot.elements not in dots.TENSOR_CORE):
                 raise UnexpectedIRError(f"a dot that Turing's tensor cores cannot do: {operation.line.strip()}")
+
+
+def _debug(text: str, what: str) -> None:
+    name = _KERNEL.search(text)
+    _log.debug("process %d: kernel %s: %s", os.getpid(), name["name"] if name else "?", what)
 
 
 def _warn(message: str) -> None:

@@ -14,8 +14,8 @@ copy stood, after the last use of the buffer. Triton places the barriers afterwa
 
 import re
 
-from compiled_fa.turing.dots import element_of, may_write
-from compiled_fa.turing.ir_text import Module, Operation, UnexpectedIRError, single
+from compiled_fa_turing.dots import element_of, may_write
+from compiled_fa_turing.ir_text import Module, Operation, UnexpectedIRError, single
 
 _COPY = re.compile(
     r"^\s*(?P<token>%[\w$.\-]+) = ttg\.async_copy_global_to_local (?P<pointer>%[^,\s]+), (?P<buffer>%[^,\s]+)"

@@ -16,7 +16,7 @@ iteration before the writes of the one before.
 import dataclasses
 import re
 
-from compiled_fa.turing.ir_text import Module, Operation, UnexpectedIRError, single
+from compiled_fa_turing.ir_text import Module, Operation, UnexpectedIRError, single
 
 TENSOR_CORE = {("f16", "f16", "f16"), ("f16", "f16", "f32"), ("i8", "i8", "i32")}
 _WIDENED = {
