@@ -5,6 +5,7 @@
     padding.py        padded batches and packed rows; arguments.py: arguments brought into form
     modules/          flash_attn's layers and GPT; losses/
     drop_in/          this package as flash_attn; run.py, compat.py: programs and projects that want it
+    integrations/     other people's packages that call our ops: transformers
     ops.py            torch.ops.compiled_fa.*, with cache_ops.py: what torch.compile and autograd see
     cache_call.py     a call on a KV cache: where its rows lie, and how they are written
     rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic

@@ -33,7 +33,7 @@ LAYERS = [
     {"losses"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
-    {"drop_in"},
+    {"drop_in", "integrations"},
     {"check", "compat", "run"},
     {"__main__"},
 ]
