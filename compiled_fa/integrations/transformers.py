@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import compiled_fa
+from ..interface import flash_attn_func, flash_attn_varlen_func
 
 NAME = "compiled_fa"
 INSTEAD = 'use attn_implementation="eager"'
@@ -123,9 +123,9 @@ def attention(
     else:
         cu_seqlens = _packed_by_positions(position_ids, batch, seqlen_q, seqlen_k)
         if cu_seqlens is None:
-            return compiled_fa.flash_attn_func(q, k, v, *options), None
+            return flash_attn_func(q, k, v, *options), None
         packing = (cu_seqlens, cu_seqlens, seqlen_q, seqlen_k)
-    out = compiled_fa.flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *packing, *options)
+    out = flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *packing, *options)
     return out.unflatten(0, (batch, seqlen_q)), None
 
 
