@@ -3,8 +3,8 @@
     python examples/sdpa_block.py
 
 Inside `with compiled_fa.sdpa():` nn.MultiheadAttention, and all else that calls F.scaled_dot_product_attention, is
-served by our ops where they can serve, eagerly and in compiled code. Output and gradients are PyTorch's. everywhere=True
-takes also what PyTorch has a fused kernel for, so that both can be compared here on a CPU.
+served by our ops where they can serve, eagerly and in compiled code. Output and gradients are PyTorch's. With
+everywhere=True that is also what PyTorch has a fused kernel for, so that both can be compared here on a CPU.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3Text",
         {**DECODER, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "falcon": ("Falcon", {**ENCODER, "num_hidden_layers": 1, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt2": ("GPT2", GPT2),
     "opt": ("OPT", {**ENCODER, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3}),
 }
@@ -331,6 +332,27 @@ def test_masks_of_another_kind_are_refused(how):
         extra[how] = lambda batch, head, q, k: q >= 0
     with pytest.raises(ValueError, match="mask_function: a mask is wanted that is no padding"):
         make(config=config, inputs_embeds=torch.empty(3, LENGTH, 0), attention_mask=None, cache=None, **extra)
+
+
+def test_compiled_code_refuses_blocks():
+    from transformers import masking_utils
+
+    config = transformers.LlamaConfig(**DECODER)
+    config._attn_implementation = "compiled_fa"
+
+    def make(x, blocks):
+        masking_utils.create_causal_mask(
+            config=config, inputs_embeds=x, attention_mask=None, cache=None, block_sequence_ids=blocks
+        )
+        return x + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(make, backend="aot_eager", fullgraph=True)
+    blocks, x = torch.full((3, LENGTH), -1), torch.zeros(3, LENGTH, 1)
+    assert torch.equal(compiled(x, blocks), x + 1)  # each token is a block of its own
+    blocks[1, 4:6] = 0
+    with pytest.raises(RuntimeError, match="a query sees the key after its own"):
+        compiled(x, blocks)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -155,7 +155,7 @@ def mask(
 
     Raises:
         ValueError: a mask that is no padding with causal, window or packed rows; holes in a row's tokens. Under
-            torch.compile holes are a RuntimeError of the compiled code.
+            torch.compile holes, and blocks of tokens that see each other, are a RuntimeError of the compiled code.
     """
     foreign = None if torch.compiler.is_compiling() else next(_foreign(mask_function), None)
     if use_vmap or foreign or getattr(config, "attention_chunk_size", None) is not None:
@@ -164,6 +164,8 @@ def mask(
         _refuse(
             "attention_mask", f"a mask of shape {tuple(attention_mask.shape)} is not one of padding, (batch, tokens)"
         )
+    if torch.compiler.is_compiling() and mask_function is not None and "allow_is_bidirectional_skip" not in kwargs:
+        _assert_causal(mask_function, batch_size, q_length, q_offset, device)
     first_query = q_offset - kv_offset
     is_bidirectional = getattr(mask_function, "__name__", "") == "bidirectional_mask_function"
     ends_together = is_bidirectional or (not isinstance(q_offset, Tensor) and first_query + q_length == kv_length)
@@ -195,6 +197,20 @@ def _foreign(function: Any) -> Iterator[str]:
         for part in inner if isinstance(inner, (list, tuple)) else (inner,):
             if callable(part) and not isinstance(part, Tensor):
                 yield from _foreign(part)
+
+
+def _assert_causal(
+    mask_function: Callable[..., Any], batch: int, q_length: int, q_offset: int | Tensor, device: Any
+) -> None:
+    """For compiled code, which cannot see what a mask function is made of: no query sees the key after its own, as it
+    would in a block of tokens that see each other."""
+    if q_length == 1:
+        return
+    queries = torch.arange(q_length - 1, device=device)[None] + q_offset
+    rows = torch.arange(batch, device=device)[:, None]
+    sees = mask_function(rows, torch.zeros_like(rows), queries, queries + 1)
+    words = "mask_function: a mask is wanted that is no padding, causal or window: a query sees the key after its own"
+    torch._assert_async(~sees.any(), words)
 
 
 def _rows(kept: Tensor, first_query: int | Tensor, q_length: int) -> Tensor:
