@@ -127,8 +127,9 @@ def exact_attention(module, query, key, value, attention_mask, scaling, softcap=
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     scores = scores if not softcap else softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~attention_mask, -torch.inf)
-    scores = scores.masked_fill(~attention_mask.any(-1, keepdim=True), 0.0)  # queries of padding: anything finite
+    if attention_mask is not None:  # as a tower of images has none
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+        scores = scores.masked_fill(~attention_mask.any(-1, keepdim=True), 0.0)  # queries of padding: anything finite
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 
@@ -138,6 +139,10 @@ def exact_mask(**arguments):
     )
 
 
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
 def check_equals_eager(model: Any, kept: torch.Tensor | None = None, ours: Any = None, **inputs: Any) -> None:
     """Within the error budget: float64 is right, and eager in fp32 sets the scale. ours: other inputs for us."""
     naive = results(model, kept, **inputs)
@@ -145,7 +150,7 @@ def check_equals_eager(model: Any, kept: torch.Tensor | None = None, ours: Any =
     found = results(model, kept, **(ours or inputs))
     model = model.double()
     model.set_attn_implementation("exact")
-    exact = results(model, kept, **inputs)
+    exact = results(model, kept, **{name: _double(x) for name, x in inputs.items()})
     assert found.keys() == exact.keys()
     # Gradients of weights are sums whose terms are as large as the largest, though they cancel, as a key bias's do.
     magnitude = max(float(gradient.abs().max()) for gradient in exact.values())
@@ -175,6 +180,34 @@ def test_an_encoder_and_a_decoder_equal_eager(padding):
         model = model_of(("Bart", BART), "AutoModelForSeq2SeqLM")
         inputs: dict[str, Any] = {"input_ids": tokens(), "decoder_input_ids": tokens(length=length), "use_cache": False}
         check_equals_eager(model, attention_mask=PADDING[padding], **inputs)
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {**TOWER, "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "pad_token_id": 0}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": VOCABULARY - 1}
+IMAGE = {**TOWER, "image_size": 16, "patch_size": 4}
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_image_and_text_towers_equal_eager(name):
+    """CLIP reads a text's end token, which is no padding: there our queries give 0."""
+    model = model_of((name, {"text_config": {**TEXT, **SPECIAL}, "vision_config": IMAGE}), "AutoModel")
+    ids = tokens().clamp(max=VOCABULARY - 2)
+    ids[:, 3] = VOCABULARY - 1
+    check_equals_eager(model, input_ids=ids, attention_mask=PADDING["right"], pixel_values=torch.randn(3, 3, 16, 16))
+
+
+def test_whisper_equals_eager_and_writes_the_same():
+    options = {**BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 40}
+    model = model_of(("Whisper", options), "AutoModelForSpeechSeq2Seq")
+    sounds = torch.randn(3, 8, 40)
+    texts = []
+    for implementation in ("eager", "compiled_fa"):
+        model.set_attn_implementation(implementation)
+        texts.append(model.generate(sounds, max_new_tokens=8, do_sample=False))
+    assert torch.equal(*texts)
+    model.set_attn_implementation("eager")
+    check_equals_eager(model, input_features=sounds, decoder_input_ids=tokens(), use_cache=False)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
