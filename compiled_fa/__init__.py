@@ -5,6 +5,8 @@
     padding.py        padded batches and packed rows; arguments.py: arguments brought into form
     modules/          flash_attn's layers and GPT; losses/
     drop_in/          this package as flash_attn; run.py, compat.py: programs and projects that want it
+    scaled_dot_product.py  F.scaled_dot_product_attention through our ops, and run_with_sdpa.py: a program with it
+    integrations/     other people's packages that call our ops: transformers
     ops.py            torch.ops.compiled_fa.*, with cache_ops.py: what torch.compile and autograd see
     cache_call.py     a call on a KV cache: where its rows lie, and how they are written
     rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic
@@ -41,12 +43,15 @@ from .interface import (
     flash_attn_varlen_qkvpacked_func,
 )
 from .kvcache import flash_attn_with_kvcache
+from .scaled_dot_product import disable_sdpa, enable_sdpa, sdpa, sdpa_reason
 from .warmup import warmup
 
 __version__ = "0.1.0"
 
 __all__ = [
     "clear_caches",
+    "disable_sdpa",
+    "enable_sdpa",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -54,6 +59,8 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "sdpa",
+    "sdpa_reason",
     "use_engine",
     "warmup",
 ]

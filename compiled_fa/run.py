@@ -5,6 +5,11 @@
 
 is `python script.py args...` with a folder in PYTHONPATH, in which flash_attn lies: so child and spawned processes find
 it too, whatever starts them, unless they are told to ignore PYTHONPATH (python -E, -I).
+
+    python -m compiled_fa.run --sdpa [--report] script.py args...
+
+lets F.scaled_dot_product_attention run on our ops, too: in the program's own process and those forked from it, not in
+those that it spawns. --report says at the end what was served.
 """
 
 from __future__ import annotations
@@ -23,10 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Does not return where a process can become another program (not on Windows)."""
     parser = argparse.ArgumentParser(
         prog="python -m compiled_fa.run",
-        usage="%(prog)s [-h] [--profile {2.7.4,2.6.3}] (script.py | -m module) [args ...]",
+        usage="%(prog)s [-h] [--profile {2.7.4,2.6.3}] [--sdpa [--report]] (script.py | -m module) [args ...]",
         description="Run a program whose flash_attn is this package; in all processes that it starts, too.",
     )
     parser.add_argument("--profile", choices=present.PROFILES, default=present.PROFILES[0], help="the version it sees")
+    parser.add_argument(
+        "--sdpa", action="store_true", help="F.scaled_dot_product_attention by our ops where they serve"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="with --sdpa: say at the end what was served, and why not"
+    )
     parser.add_argument("-m", dest="module", help="a module to run, as python -m does")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="a script, and the program's arguments")
     given = sys.argv[1:] if arguments is None else arguments
@@ -36,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     program = ["-m", asked.module, *given[split:]] if asked.module else asked.program
     if not program:
         parser.error("a script or -m module is wanted")
+    if asked.report and not asked.sdpa:
+        parser.error("--report is of --sdpa")
     found = present.on_path()
     if found is not None and not found.ours:
         print(f"compiled_fa.run: there is a real {found}: uninstall it, or run the program without us", file=sys.stderr)
@@ -44,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("compiled_fa.run: this python ignores PYTHONPATH, by which flash_attn is found (-E, -I)", file=sys.stderr)
         return 1
     config.add_to_python_path(str(present.folder(asked.profile)))
+    if asked.sdpa:
+        program = ["-m", "compiled_fa.run_with_sdpa", *(["--report"] if asked.report else []), *program]
     return become(command(program))
 
 

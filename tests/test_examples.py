@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import subprocess
@@ -19,7 +20,17 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FUNCTIONS = {
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
     "paged_decoding": "flash_attn_with_kvcache",
+    "sdpa_block": "flash_attn_func",
     "train_compiled": "flash_attn_func",
+    "transformers_padded": "flash_attn_varlen_func",
+}
+# What an example needs that is not installed with this package.
+NEEDS = {"transformers_padded": "transformers"}
+
+# The module that calls the function, where it is not the example itself.
+CALLERS = {
+    "sdpa_block": "compiled_fa.scaled_dot_product",
+    "transformers_padded": "compiled_fa.integrations.transformers",
 }
 
 
@@ -29,6 +40,7 @@ def test_every_example_is_known():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_and_is_right(example):
+    pytest.importorskip(NEEDS.get(example.stem, "torch"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment.pop("COMPILED_FA_COMPILE", None)  # as people have it; Inductor's cache on disk is shared
     done = subprocess.run(
@@ -40,13 +52,14 @@ def test_example_runs_and_is_right(example):
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_notices_a_wrong_attention(example, monkeypatch, capsys):
+    pytest.importorskip(NEEDS.get(example.stem, "torch"))
     name = FUNCTIONS[example.stem]
     right = getattr(compiled_fa, name)
 
     def wrong(q: Any, *arguments: Any, **options: Any) -> Any:
         return right(1.03 * q, *arguments, **options)
 
-    monkeypatch.setattr(compiled_fa, name, wrong)
+    monkeypatch.setattr(importlib.import_module(CALLERS.get(example.stem, "compiled_fa")), name, wrong)
     program = runpy.run_path(str(example))
     assert program["main"]() == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("WRONG")

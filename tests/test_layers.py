@@ -29,12 +29,12 @@ LAYERS = [
     {"arguments", "padding"},
     {"interface", "forward_backward"},
     {"kvcache"},
-    {"modules"},
+    {"modules", "scaled_dot_product"},
     {"losses"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
-    {"drop_in"},
-    {"check", "compat", "run"},
+    {"drop_in", "integrations"},
+    {"check", "compat", "run", "run_with_sdpa"},
     {"__main__"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,1 @@
+"""This package inside other people's: a module each, named as they are, which imports them when it is asked to."""

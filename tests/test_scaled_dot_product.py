@@ -1,0 +1,235 @@
+"""F.scaled_dot_product_attention through our ops: PyTorch's results, what is left to it, and undone exactly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import compiled_fa
+from compiled_fa import scaled_dot_product
+from compiled_fa.testing.budget import budget, error
+
+ROOT = Path(__file__).resolve().parent.parent
+sdpa_reason: Any = compiled_fa.sdpa_reason  # called with tables of arguments
+PYTORCHS = F.scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def _undone():
+    yield
+    assert F.scaled_dot_product_attention is PYTORCHS
+    assert not scaled_dot_product._enabled
+
+
+def tensors(nheads_k=4, seqlen_q=9, seqlen_k=9, head_dim_v=8, dtype=torch.float32):
+    shapes = (2, 4, seqlen_q, 8), (2, nheads_k, seqlen_k, 8), (2, nheads_k, seqlen_k, head_dim_v)
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def results(function: Any, inputs: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+    out = function(*inputs, **options)
+    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, inputs, towards)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({}, {}),
+        ({}, {"is_causal": True, "scale": 0.7}),
+        ({"seqlen_q": 5}, {}),
+        ({"seqlen_q": 5}, {"is_causal": True}),
+        ({"nheads_k": 2, "seqlen_q": 5, "head_dim_v": 6}, {"is_causal": True, "enable_gqa": True}),
+        ({"nheads_k": 1, "seqlen_k": 4}, {"enable_gqa": True}),
+    ],
+)
+def test_results_and_gradients_are_pytorchs(sizes, options, dtype):
+    inputs = tensors(**sizes, dtype=dtype)
+    with sdpa_kernel(SDPBackend.MATH):
+        naive = results(PYTORCHS, inputs, **options)
+        exact = results(PYTORCHS, [x.detach().double().requires_grad_() for x in inputs], **options)
+    with compiled_fa.sdpa(everywhere=True) as calls:
+        found = results(F.scaled_dot_product_attention, inputs, **options)
+    assert (calls.served, str(calls)) == (1, "1 served by compiled_fa")
+    for result, as_naive, as_exact in zip(found, naive, exact, strict=True):
+        assert result.shape == as_exact.shape
+        assert error(result, as_exact) <= budget(as_naive, as_exact, 8.0)
+
+
+def test_three_dimensions_views_and_inference_mode():
+    packed = torch.randn(3, 9, 4, 8)  # heads behind positions, as layers make them
+    q, k, v = (x.transpose(0, 1) for x in packed.unbind(0))
+    with torch.inference_mode(), compiled_fa.sdpa() as calls:
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert calls.served == 1
+    torch.testing.assert_close(found, PYTORCHS(q, k, v, is_causal=True))
+
+
+def test_dropout_is_seeded_and_right_on_average():
+    q, k, v = tensors()
+    with compiled_fa.sdpa() as calls:
+        torch.manual_seed(3)
+        first = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+        torch.manual_seed(3)
+        assert torch.equal(first, F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+        mean = torch.stack([F.scaled_dot_product_attention(q, k, v, dropout_p=0.5) for _ in range(400)]).mean(0)
+    assert calls.served == 402
+    torch.testing.assert_close(mean, PYTORCHS(q, k, v), atol=0.35, rtol=0)
+
+
+LEFT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a mask": ({}, {"attn_mask": torch.ones(9, 9, dtype=torch.bool)}),
+    "causal, with more queries than keys": ({"seqlen_k": 5}, {"is_causal": True}),
+    "an empty tensor": ({"seqlen_q": 0}, {}),
+    "PyTorch's own fused kernel": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("reason", LEFT)
+def test_what_is_left_to_pytorch_is_its_own(reason):
+    sizes, options = LEFT[reason]
+    inputs = tensors(**sizes)
+    everywhere = "own" not in reason
+    with compiled_fa.sdpa(everywhere) as calls:
+        found = F.scaled_dot_product_attention(*inputs, **options)
+    assert torch.equal(found, PYTORCHS(*inputs, **options))
+    assert (calls.served, calls.left) == (0, {reason: 1})
+    assert str(calls) == f"0 served by compiled_fa; 1 left to PyTorch: {reason}"
+    assert sdpa_reason(*inputs, **options, everywhere=everywhere) == reason
+
+
+def test_more_that_is_left():
+    def reason(*shapes, dtypes=(torch.float32,) * 3, **options):
+        made = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return str(sdpa_reason(*made, **options, everywhere=True))
+
+    q = (2, 4, 3, 8)
+    assert reason(q, q, q) == "None"
+    assert "dimensions" in reason(q[1:], q, q)
+    assert "dimensions" in reason(q[2:], q[2:], q[2:])
+    assert "broadcasting" in reason(q, (1, 4, 3, 8), (1, 4, 3, 8))
+    assert "broadcasting" in reason(q, (2, 4, 3, 6), q)
+    assert "broadcasting" in reason(q, q, (2, 4, 2, 8))
+    assert "heads" in reason(q, (2, 2, 3, 8), (2, 2, 3, 8))
+    assert "heads" in reason(q, (2, 3, 3, 8), (2, 3, 3, 8), enable_gqa=True)
+    assert "head_dim" in reason((1, 1, 2, 513), (1, 1, 2, 513), (1, 1, 2, 8))
+    assert "dtype" in reason(q, q, q, dtypes=(torch.float32, torch.float32, torch.float16))
+    other: torch.Tensor = torch.zeros(q).as_subclass(type("Other", (torch.Tensor,), {}))
+    assert sdpa_reason(other, other, other) == "a tensor of a class of its own"
+
+
+def test_pytorch_has_a_kernel_where_we_think_so():
+    """On a CPU: what is left to its fused kernel is what that kernel takes."""
+    tried: list[tuple[dict[str, Any], dict[str, Any]]]
+    tried = [({}, {}), ({"head_dim_v": 6}, {}), ({}, {"dropout_p": 0.5}), ({"seqlen_q": 3}, {})]
+    for sizes, options in tried:
+        inputs = tensors(**sizes)
+        chosen = torch._fused_sdp_choice(*inputs, **options)
+        reason = sdpa_reason(*inputs, **options)
+        assert (reason is None) == (chosen == SDPBackend.MATH.value), (sizes, options)
+
+
+def test_modules_and_names_that_others_imported(monkeypatch):
+    early, late = types.ModuleType("early"), types.ModuleType("late")
+    vars(early)["scaled_dot_product_attention"] = PYTORCHS
+    monkeypatch.setitem(sys.modules, "early", early)
+    attention = torch.nn.MultiheadAttention(32, 4, dropout=0.1, batch_first=True)
+    x = torch.randn(2, 9, 32)
+    with compiled_fa.sdpa() as calls:
+        assert vars(early)["scaled_dot_product_attention"] is F.scaled_dot_product_attention is not PYTORCHS
+        vars(late)["scaled_dot_product_attention"] = F.scaled_dot_product_attention
+        monkeypatch.setitem(sys.modules, "late", late)
+        attention(x, x, x, need_weights=False)
+        torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)(x)
+    assert calls.served == 2
+    for module in (early, late):
+        assert vars(module)["scaled_dot_product_attention"] is PYTORCHS
+
+
+def test_it_nests_is_undone_after_an_error_and_reaches_threads():
+    inputs = tensors()
+    outer = compiled_fa.enable_sdpa(everywhere=True)
+
+    def fail():
+        with compiled_fa.sdpa() as inner:
+            F.scaled_dot_product_attention(*inputs)
+            assert (inner.served, outer.served) == (0, 0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    thread = threading.Thread(target=F.scaled_dot_product_attention, args=inputs)
+    thread.start()
+    thread.join()
+    assert outer.served == 1
+    compiled_fa.disable_sdpa()
+    with pytest.raises(RuntimeError, match="not enabled"):
+        compiled_fa.disable_sdpa()
+
+
+def test_compiled_code_follows():
+    """A graph of its own in and out of the block, and no third when it comes again."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    inputs = tensors(head_dim_v=6)
+
+    def model(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True) * 2
+
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    wanted = results(model, inputs)
+    for _ in range(2):
+        for result, right in zip(results(compiled, inputs), wanted, strict=True):
+            torch.testing.assert_close(result, right)
+        with compiled_fa.sdpa():
+            for result, right in zip(results(compiled, inputs), wanted, strict=True):
+                torch.testing.assert_close(result, right)
+    calls = [[str(node.target) for node in graph.graph.nodes] for graph in counter.graphs]
+    assert ["compiled_fa.attention.default" in targets for targets in calls] == [False, True]
+
+
+PROGRAM = """
+import sys, torch, torch.nn.functional as F
+import beside
+q = torch.randn(1, 2, 5, 4)
+F.scaled_dot_product_attention(q, q, torch.randn(1, 2, 5, 6))
+F.scaled_dot_product_attention(q, q, q)
+print(__name__, sys.argv[1:], F.scaled_dot_product_attention.__module__)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
+def test_a_program_with_it(tmp_path, as_module):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "beside.py").write_text("")
+    program = ["-m", "program"] if as_module else [str(tmp_path / "program.py")]
+    line = [sys.executable, "-m", "compiled_fa.run", "--sdpa", "--report", *program, "--sdpa", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    cwd = tmp_path if as_module else tmp_path.parent
+    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == "__main__ ['--sdpa', '-m'] compiled_fa.scaled_dot_product\n"
+    assert done.stderr.splitlines()[-1] == (
+        "scaled_dot_product_attention: 1 served by compiled_fa; 1 left to PyTorch: PyTorch's own fused kernel"
+    )
+
+
+def test_a_report_is_of_sdpa(capsys):
+    from compiled_fa import run
+
+    with pytest.raises(SystemExit):
+        run.main(["--report", "script.py"])
+    assert "--report is of --sdpa" in capsys.readouterr().err
