@@ -71,9 +71,9 @@ def test_the_forward_loops_are_pipelined(kernels, kernel):
     assert kernels[kernel].barriers == [2, 2]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_wide_dtypes_fit_in_an_sm(dtype):
-    """Without tensor cores, and so in another table; in the most demanding class."""
+def test_wide_dtypes_fit_in_an_sm():
+    """Without tensor cores, and so in another table; in the most demanding class, fp32: bf16 takes half of its room."""
+    dtype = torch.float32
     for direction in DIRECTIONS:
         spec = Kernel(direction, 128, EVERYTHING).spec
         options = options_for(direction, 128, dtype, spec.features, (7, 5))
