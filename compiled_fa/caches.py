@@ -117,17 +117,22 @@ class Cache(Generic[Key, Value]):
         entry.finished.set()
 
     def _evict(self, spared: _Entry[Value]) -> None:
-        """Forget the least recently used ones that are too many, or too much."""
+        """Forget the least recently used ones that are too many, or too much.
+
+        An eighth at a time: to find them takes a look at all, which is not for every call with a new key.
+        """
         if not self._is_too_much():
             return
+        spare = self._most_entries // 8
         pairs = ((entry.used, key) for key, entry in self._entries.items() if entry.done and entry is not spared)
         old = sorted(pairs, key=itemgetter(0), reverse=True)
-        while old and self._is_too_much():
+        while old and self._is_too_much(spare):
             del self._entries[old.pop()[1]]
 
-    def _is_too_much(self) -> bool:
+    def _is_too_much(self, spare: int = 0) -> bool:
+        """spare: entries that there is to be room for."""
         too_large = self._most_bytes is not None and self.nbytes > self._most_bytes
-        return too_large or len(self._entries) > self._most_entries
+        return too_large or len(self._entries) > self._most_entries - spare
 
     def _start_anew(self) -> None:
         self._lock = threading.Lock()

@@ -92,6 +92,8 @@ def _decoded_cache(
     seqlen: int, nheads: int, nheads_k: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """A length of the cache at which decoding has code of its own, of at least `seqlen`; that, where it never has."""
+    if device.type != "cpu":
+        return seqlen
     q = torch.empty(1, 1, nheads, head_dim, dtype=dtype, device=device)
     cache = seqlen
     while cache <= LONGEST_CACHE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -261,6 +262,21 @@ def test_threads_have_buffers_of_their_own(of_this_test):
         assert theirs.data_ptr() != mine.data_ptr()
         assert scratch.nbytes == 800
     assert scratch.nbytes == 400  # with the thread its buffers go
+
+
+def test_new_keys_make_room_an_eighth_at_a_time(of_this_test):
+    """Of lengths that grow at every call each has a key of its own; the latest stay."""
+    cache: Cache[int, int] = Cache("a test's", entries=80)
+    held = []
+    for key in range(300):
+        cache.get(key, partial(abs, key))
+        held.append(len(cache))
+    assert max(held) == held[79] == 80
+    assert held[80] == 70
+    assert held[80:].count(70) == 20  # of 220 calls, so many looked for the oldest
+    assert cache.get(299, lambda: -1) == 299
+    assert cache.get(230, lambda: -1) == 230
+    assert cache.get(0, lambda: -1) == -1
 
 
 def test_clear_caches_forgets_all_and_changes_nothing():

@@ -105,6 +105,19 @@ def test_lengths_go_to_the_host_once(monkeypatch):
     assert len(reads) == 1
 
 
+def test_no_length_is_read_on_another_device(monkeypatch):
+    """Which would wait for it: the choice between engines is by what the host knows."""
+    monkeypatch.setattr(Packed, "host_sums", property(lambda packed: pytest.fail("lengths were read")))
+    q = torch.empty(3, 2, 8, device="meta")
+    pages, sums = torch.empty(9, 16, 2, 8, device="meta"), torch.empty(4, dtype=torch.int32, device="meta")
+    table = torch.empty(3, 5, dtype=torch.int32, device="meta")
+    for keys, packed in ((pages, Packed(sums, sums, 1, 80, table)), (q, Packed(sums, sums, 1, 1))):
+        problem = Problem.of(q, keys, keys, packed)
+        for engine in ENGINES:
+            for direction in ("forward", "backward"):
+                engine.defers(problem, direction, "tiled")
+
+
 def test_refusals_say_why():
     problem = make(Case(((9, 9),), True, softcap=5.0)).problem()
     route = select(problem, "forward")

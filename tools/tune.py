@@ -54,26 +54,16 @@ def _together(*runs: Run) -> Run:
     return run
 
 
+def _way(case: Case, way: Direction, engine: str) -> Run:
+    return _by_engines(Inputs.of(case), way, [engine])[engine]
+
+
 def _forward(case: Case, engine: str) -> Run:
-    inputs = Inputs.of(case)
-    leaves = [inputs.laid_out(x) for x in (inputs.q, inputs.k, inputs.v)]
-    if inputs.varlen:
-        return partial(ops.varlen_attention, *leaves, *inputs.packing, None, *inputs.options, engine)
-    return partial(ops.attention, *leaves, *inputs.options, engine)
-
-
-def _backward(case: Case, engine: str) -> Run:
-    """Of a dense case, without its forward."""
-    inputs = Inputs.of(case)
-    leaves = [inputs.laid_out(x) for x in (inputs.q, inputs.k, inputs.v)]
-    results = ops.attention(*leaves, *inputs.options, engine)
-    return partial(
-        ops.attention_backward, inputs.laid_out(inputs.dout), None, *results, *leaves, *inputs.options, engine
-    )
+    return _way(case, "forward", engine)
 
 
 def _both(case: Case, engine: str) -> Run:
-    return _together(_forward(case, engine), _backward(case, engine))
+    return _together(_way(case, "forward", engine), _way(case, "backward", engine))
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

@@ -58,6 +58,8 @@ def rule(problem: Problem, direction: Direction) -> str:
 
 
 def defers(problem: Problem, direction: Direction, to: str) -> bool:
-    """Are tiles faster at a call that this engine could serve? As measured: bench/NOTES.md."""
+    """Are tiles faster at a call that this engine could serve? By the rules of tuning/cpu.py."""
+    if problem.q.device.type != "cpu":  # where lengths of keys in pages cannot be read without waiting
+        return True
     tiles: Rule = getattr(current().sdpa_cpu, rule(problem, direction))
     return tiles.favours(problem.features)

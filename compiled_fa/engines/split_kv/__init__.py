@@ -61,7 +61,7 @@ def rule(problem: Problem, to: str) -> str | None:
 
 
 def defers(problem: Problem, direction: Direction, to: str) -> bool:
-    """Is the engine `to` faster at a call that this one could serve? As measured: bench/NOTES.md."""
+    """Is the engine `to` faster at a call that this one could serve? By the rules of tuning/cpu.py."""
     if direction == "backward" or problem.q.device.type != "cpu" or eager_reason() is not None:
         return True
     if (name := rule(problem, to)) is None:
