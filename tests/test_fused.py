@@ -239,6 +239,38 @@ def test_compiled_tables_have_their_names(layout, paged):
     assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
+def test_compiled_code_is_of_one_gpu(monkeypatch):
+    """Inductor writes a device's number into it: it launches kernels and takes memory there."""
+    problem = varlen_problem([100, 30])
+    with template.in_place_of_the_kernel() as calls:
+        fused.forward(problem)
+    ((spec, given),) = calls
+    shape = tables.Shape("dense", False)
+    results = [torch.empty(0)] * len(tables._names(shape))
+    traced_on = []
+
+    def compiled_graph(function, example_inputs, what, **config):
+        with FakeTensorMode():
+            inputs = example_inputs(lambda name, typical: typical)
+        traced_on.append({x.device for x in inputs if isinstance(x, torch.Tensor)})
+        return lambda inputs: results
+
+    monkeypatch.setattr("compiled_fa.inductor.graphs.compiled_graph", compiled_graph)
+    monkeypatch.setattr(tables, "number", lambda value, device, stream: torch.tensor(value))
+    devices = [torch.device("cuda", index) for index in (1, 0, 1)]
+    for cache in (kernels.KERNELS, tables._makers):
+        cache.clear()
+    try:
+        for device in devices:
+            stand_in: Any = types.SimpleNamespace(device=device)
+            kernels.run(spec, {**given, "q": stand_in})
+            tables._made(shape, tables.Sizes(9, 9, 0, 0, 0, 1, 1), Window(3, 0), device, 0)
+    finally:
+        for cache in (kernels.KERNELS, tables._makers):
+            cache.clear()
+    assert traced_on == [{devices[0]}] * 2 + [{devices[1]}] * 2
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_the_host_never_waits(dropout_p):
     """On fake tensors, reading a value is an error: a call is put together without it."""
@@ -471,13 +503,10 @@ def unlaunchable(monkeypatch):
         tried.append(what)
         raise RuntimeError("out of resource: shared memory, Required: 345344, Hardware limit: 232448")
 
-    class Device:
-        type = "cuda"
-
     run = kernels.run
 
     def on_a_gpu(spec, given):
-        stand_in: Any = types.SimpleNamespace(device=Device())
+        stand_in: Any = types.SimpleNamespace(device=torch.device("cuda", 0))
         return run(spec, {**given, "q": stand_in})
 
     monkeypatch.setattr(kernels, "run", on_a_gpu)
