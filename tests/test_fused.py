@@ -471,6 +471,33 @@ def test_reasons_on_a_gpu(monkeypatch, capability, problem, reason):
     assert found is None if reason is None else reason in (found or "")
 
 
+def test_tensors_made_on_the_way_are_not_too_large_either(monkeypatch):
+    pytest.importorskip("triton", reason="the fused engine needs Triton")
+    monkeypatch.setattr(attention, "capability_of", lambda device: (8, 0))
+
+    def is_too_large(direction, q, k, v=None, packing=None):
+        q, k, v = (torch.empty(shape, device="meta") for shape in (q, k, k if v is None else v))
+        reason = fused.unsupported_reason(torch.device("cuda"), Problem.of(q, k, v, packing), direction)
+        return reason is not None and "2**31" in reason
+
+    half = (1, 1 << 18, 64, 64)  # 2**30 elements
+    assert not is_too_large("forward", half, (1, 9, 8, 64))
+    assert is_too_large("forward", half, (1, 9, 8, 64), (1, 9, 8, 128))  # out
+    assert is_too_large("forward", (1, 1 << 21, 64, 8), (1, 9, 8, 8))  # q with head_dim padded
+
+    sums, batch = torch.empty(4097, dtype=torch.int32, device="meta"), 4096
+    rows, keys = (batch + 127, 32, 128), (9999, 8, 128)
+    assert is_too_large("forward", rows, keys, packing=Packed(sums, sums.clone(), 128, 5000))  # queries as a batch
+    assert not is_too_large("forward", rows, keys, packing=Packed(sums, sums.clone(), 129, 5000))
+    assert not is_too_large("backward", rows, keys, packing=Packed(sums, sums.clone(), 128, 5000))
+
+    table = torch.empty(batch, 64, dtype=torch.int32, device="meta")
+    assert is_too_large("forward", rows, (16, 256, 8, 128), packing=Packed(sums, sums.clone(), 1, 5000, table))
+    assert not is_too_large(
+        "forward", rows, (16, 256, 8, 128), packing=Packed(sums, sums.clone(), 1, 5000, table[:, :1])
+    )
+
+
 def test_serving_by_second_choice_is_said_once(monkeypatch, caplog):
     """Off the CPU, where the fused engine is expected."""
     monkeypatch.setattr(messages, "_said", set())
