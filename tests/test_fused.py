@@ -239,6 +239,38 @@ def test_compiled_tables_have_their_names(layout, paged):
     assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
+def test_compiled_code_is_of_one_gpu(monkeypatch):
+    """Inductor writes a device's number into it: it launches kernels and takes memory there."""
+    problem = varlen_problem([100, 30])
+    with template.in_place_of_the_kernel() as calls:
+        fused.forward(problem)
+    ((spec, given),) = calls
+    shape = tables.Shape("dense", False)
+    results = [torch.empty(0)] * len(tables._names(shape))
+    traced_on = []
+
+    def compiled_graph(function, example_inputs, what, **config):
+        with FakeTensorMode():
+            inputs = example_inputs(lambda name, typical: typical)
+        traced_on.append({x.device for x in inputs if isinstance(x, torch.Tensor)})
+        return lambda inputs: results
+
+    monkeypatch.setattr("compiled_fa.inductor.graphs.compiled_graph", compiled_graph)
+    monkeypatch.setattr(tables, "number", lambda value, device, stream: torch.tensor(value))
+    devices = [torch.device("cuda", index) for index in (1, 0, 1)]
+    for cache in (kernels.KERNELS, tables._makers):
+        cache.clear()
+    try:
+        for device in devices:
+            stand_in: Any = types.SimpleNamespace(device=device)
+            kernels.run(spec, {**given, "q": stand_in})
+            tables._made(shape, tables.Sizes(9, 9, 0, 0, 0, 1, 1), Window(3, 0), device, 0)
+    finally:
+        for cache in (kernels.KERNELS, tables._makers):
+            cache.clear()
+    assert traced_on == [{devices[0]}] * 2 + [{devices[1]}] * 2
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_the_host_never_waits(dropout_p):
     """On fake tensors, reading a value is an error: a call is put together without it."""
@@ -439,6 +471,33 @@ def test_reasons_on_a_gpu(monkeypatch, capability, problem, reason):
     assert found is None if reason is None else reason in (found or "")
 
 
+def test_tensors_made_on_the_way_are_not_too_large_either(monkeypatch):
+    pytest.importorskip("triton", reason="the fused engine needs Triton")
+    monkeypatch.setattr(attention, "capability_of", lambda device: (8, 0))
+
+    def is_too_large(direction, q, k, v=None, packing=None):
+        q, k, v = (torch.empty(shape, device="meta") for shape in (q, k, k if v is None else v))
+        reason = fused.unsupported_reason(torch.device("cuda"), Problem.of(q, k, v, packing), direction)
+        return reason is not None and "2**31" in reason
+
+    half = (1, 1 << 18, 64, 64)  # 2**30 elements
+    assert not is_too_large("forward", half, (1, 9, 8, 64))
+    assert is_too_large("forward", half, (1, 9, 8, 64), (1, 9, 8, 128))  # out
+    assert is_too_large("forward", (1, 1 << 21, 64, 8), (1, 9, 8, 8))  # q with head_dim padded
+
+    sums, batch = torch.empty(4097, dtype=torch.int32, device="meta"), 4096
+    rows, keys = (batch + 127, 32, 128), (9999, 8, 128)
+    assert is_too_large("forward", rows, keys, packing=Packed(sums, sums.clone(), 128, 5000))  # queries as a batch
+    assert not is_too_large("forward", rows, keys, packing=Packed(sums, sums.clone(), 129, 5000))
+    assert not is_too_large("backward", rows, keys, packing=Packed(sums, sums.clone(), 128, 5000))
+
+    table = torch.empty(batch, 64, dtype=torch.int32, device="meta")
+    assert is_too_large("forward", rows, (16, 256, 8, 128), packing=Packed(sums, sums.clone(), 1, 5000, table))
+    assert not is_too_large(
+        "forward", rows, (16, 256, 8, 128), packing=Packed(sums, sums.clone(), 1, 5000, table[:, :1])
+    )
+
+
 def test_serving_by_second_choice_is_said_once(monkeypatch, caplog):
     """Off the CPU, where the fused engine is expected."""
     monkeypatch.setattr(messages, "_said", set())
@@ -471,13 +530,10 @@ def unlaunchable(monkeypatch):
         tried.append(what)
         raise RuntimeError("out of resource: shared memory, Required: 345344, Hardware limit: 232448")
 
-    class Device:
-        type = "cuda"
-
     run = kernels.run
 
     def on_a_gpu(spec, given):
-        stand_in: Any = types.SimpleNamespace(device=Device())
+        stand_in: Any = types.SimpleNamespace(device=torch.device("cuda", 0))
         return run(spec, {**given, "q": stand_in})
 
     monkeypatch.setattr(kernels, "run", on_a_gpu)

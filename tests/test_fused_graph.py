@@ -107,9 +107,9 @@ def test_other_lengths_have_the_same_graph(as_on_a_gpu, dense):
 
 def all_layers(cases):
     """For a process of its own: launches, and whether an op of ours is called."""
-    from tools.offline.engine import launches_of_layers
+    from tools.offline.engine import written_for_layers
 
-    found = [launches_of_layers(LAYERS, 300, *case, causal=True) for case in cases]
+    found = [written_for_layers(LAYERS, 300, *case, causal=True) for case in cases]
     return [(each.launches, "compiled_fa" in each.wrapper) for each in found]
 
 

@@ -30,6 +30,7 @@ from typing import Any, TypeGuard
 import torch
 import triton
 
+from compiled_fa.problem import Direction
 from compiled_fa.tuning import FlexOptions
 from tools import kernel_traffic
 from tools.offline.engine_kernels import (
@@ -38,7 +39,6 @@ from tools.offline.engine_kernels import (
     EVERYTHING,
     HEAD_DIMS,
     PLAIN,
-    Direction,
     Kernel,
     all_kernels,
 )

@@ -6,9 +6,8 @@ recompile limits of the model that calls us. So a graph is traced once with symb
 itself.
 
 Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs; its check for bfloat16;
-torch._inductor.cpp_builder.get_cpp_compiler; FakeTensor and
-statically_known_true; the counters of torch._dynamo.utils, without which nobody is told why they wait for less than two
-seconds. Tried with torch 2.11.0, 2.13.0 and 2.15.0.
+torch._inductor.cpp_builder.get_cpp_compiler; FakeTensor and statically_known_true; the counters of torch._dynamo.utils,
+without which nobody is told why they wait for less than two seconds. Tried with torch 2.11.0, 2.13.0 and 2.15.0.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def compile_graph(
     config: dict[str, Any],
     decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
 ) -> Compiled:
-    """Trace and compile, in this thread and without the cache."""
+    """`compiled_graph` in this thread, and without a word to people who wait."""
     import torch._inductor.config as inductor_config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table

@@ -20,9 +20,10 @@ from support import RESULTS, Case, Data, check_against_float64, make, packed, ru
 
 from compiled_fa.engines import fused
 from compiled_fa.engines.fused import kernels
+from compiled_fa.problem import Direction
 from compiled_fa.testing.budget import budget, error, magnitudes
 from tools import kernel_traffic
-from tools.offline.engine_kernels import DIRECTIONS, Direction
+from tools.offline.engine_kernels import DIRECTIONS
 from tools.ptx import OutOfBoundsError, RaceError
 from tools.ptx.engine import Kernel, Launch, engine_on_ptx, measure
 

@@ -101,7 +101,7 @@ def compile_spec(spec: Spec, *, turing: bool, capability: tuple[int, int] = (7, 
     return compile_source(capture(spec), turing=turing, target=GPUTarget("cuda", 10 * major + minor, 32))
 
 
-def launches_of_layers(layers: int, lengths: int, packed: bool, dynamic: bool = False, **options: Any) -> Written:
+def written_for_layers(layers: int, lengths: int, packed: bool, dynamic: bool = False, **options: Any) -> Written:
     """What Inductor writes for a training step of attention layers after each other, as under torch.compile: their ops,
     traced and decomposed. Autograd needs a CUDA build, so its calls are written out here.
 

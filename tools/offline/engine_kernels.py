@@ -2,18 +2,16 @@
 
 import dataclasses
 import itertools
-from typing import Literal
 
 import torch
 
 from compiled_fa.engines.fused.kernels import Spec
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import options_for
+from compiled_fa.engines.fused.options import TURING, options_for
+from compiled_fa.problem import Direction
 from compiled_fa.tuning import FlexOptions
 
-TURING = (7, 5)
 HEADS = 8
-Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 HEAD_DIMS = (32, 64, 128, 256)
 

@@ -19,9 +19,10 @@ from torch._dynamo import device_interface
 from torch._inductor.runtime import triton_helpers
 from triton.backends.compiler import GPUTarget
 
+from tools.offline.compile import TARGET
+
 T = TypeVar("T")
 
-TARGET = GPUTarget("cuda", 75, 32)
 PROPERTIES = types.SimpleNamespace(
     name="Tesla T4",
     major=7,

@@ -166,34 +166,10 @@ def _compiler() -> concurrent.futures.Executor:
 
 
 def _compile_here(spec: kernels.Spec, turing: bool) -> Graph:
-    from tools.offline import fake_t4
+    from tools.offline.engine import written
 
-    fake_t4.install()
-    import torch._inductor.async_compile as async_compile
-    from torch._inductor.graph import GraphLowering
-
-    from compiled_fa.inductor import graphs
-
-    sources: dict[str, str] = {}
-    wrappers: list[str] = []
-
-    def keep(_: Any, name: str, source: str, *__: Any, **___: Any) -> None:
-        sources[name] = source
-
-    settings = {
-        "force_disable_caches": True,
-        "compile_threads": 1,
-        # These run on real tensors of the device.
-        "pattern_matcher": False,
-        "joint_graph_constant_folding": False,
-    }
-    with (
-        mock.patch.object(async_compile.AsyncCompile, "triton", keep),
-        mock.patch.object(GraphLowering, "save_output_code", wrappers.append),
-    ):
-        graphs.compile_graph(spec.function, lambda size: spec.example_inputs("cuda", size), settings)
-    (wrapper,) = wrappers
-    return Graph({name: _compile_kernel(name, source, turing) for name, source in sources.items()}, wrapper)
+    found = written(spec.function, lambda size: spec.example_inputs("cuda", size))
+    return Graph({name: _compile_kernel(name, text, turing) for name, text in found.kernels.items()}, found.wrapper)
 
 
 def _compile_kernel(name: str, source: str, turing: bool) -> Kernel:

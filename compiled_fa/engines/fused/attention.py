@@ -19,7 +19,7 @@ from ...scores import Dropout
 from ...scores.dropout import threshold as dropout_threshold
 from . import kernels, tables
 from .blocks import BLOCK
-from .flex import Graph
+from .flex import SMALLEST_HEAD_DIM, Graph
 from .kernels import Spec, canonical
 from .mods import Features, Layout
 from .options import TURING, capability_of, largest_head_dim, options_for, shared_memory
@@ -45,10 +45,25 @@ def unsupported_reason(
         if largest > most:
             memory = f"{shared_memory(capability)} KB of shared memory"
             return f"its tiles for {problem.q.dtype} in {memory} end at head_dim {most}, and this is {largest}"
-        elements = max(map(_extent, (problem.q, problem.k, problem.v)))
-        if elements >= LARGEST_TENSOR:
-            return f"it indexes tensors that lie within less than 2**31 elements, and this takes {elements}"
+        for elements in _extents(problem, direction):
+            if elements >= LARGEST_TENSOR:
+                return f"it indexes tensors that lie within less than 2**31 elements, and this takes {elements}"
     return None
+
+
+def _extents(problem: Problem, direction: Direction) -> list[int]:
+    """Elements from the first to the last of the tensors given, and of those made of them: out and its gradient,
+    queries laid out as a batch, keys gathered from pages, and all of these where head_dim is padded."""
+    q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
+    queries, keys = math.prod(q.shape[:-2]), math.prod(k.shape[:-2])
+    gathered = 0
+    if packed is not None and tables.layout_of(problem, direction) == "padded":
+        queries = problem.batch * packed.max_seqlen_q
+    if packed is not None and packed.block_table is not None:
+        gathered = math.prod(packed.block_table.shape) * k.shape[1]
+    columns = max(q.shape[-1], v.shape[-1], SMALLEST_HEAD_DIM)
+    made = [queries * q.shape[-2] * columns, *(rows * k.shape[-2] * columns for rows in (keys, gathered))]
+    return [*map(_extent, (q, k, v)), *made]
 
 
 def _extent(x: Tensor) -> int:
@@ -117,7 +132,7 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
     layout = tables.layout_of(problem, direction)
     features = _features(problem, layout)
     options = options_for(direction, max(head_dims), q.dtype, features, capability)
-    given = {"q": q, "k": problem.k, "v": problem.v, **gradients, **_of_the_call(problem)}
+    given = {"q": q, "k": problem.k, "v": problem.v, **gradients, **_of_the_call(problem, features)}
     if is_traced(q):
         # All of it becomes part of someone's graph, numbers as they are.
         given |= {**tables.traced(problem, layout), **_numbers(problem, features)}
@@ -157,12 +172,12 @@ def _numbers(problem: Problem, features: Features) -> dict[str, Any]:
     return numbers
 
 
-def _of_the_call(problem: Problem) -> dict[str, Tensor]:
+def _of_the_call(problem: Problem, features: Features) -> dict[str, Tensor]:
     """Tensors that are the call's own, besides its rows."""
     given = {}
     if problem.alibi_slopes is not None:
         given["alibi_slopes"] = problem.alibi_slopes.expand(problem.batch, -1).contiguous()
-    if problem.dropout_p > 0.0 and problem.dropout_seed is not None:
+    if features.dropout and problem.dropout_seed is not None:
         given["seed"] = Dropout.of(problem.dropout_p, problem.dropout_seed).seed
     if problem.packed is not None and problem.packed.block_table is not None:
         given["pages"] = problem.packed.block_table.contiguous()

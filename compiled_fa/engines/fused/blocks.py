@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ...flattening import Flattened
 from ...scores import Window
+from ...scores.arguments import UNBOUNDED
 
 BLOCK = 128  # a multiple of every tile size of the kernels
-UNBOUNDED = 1 << 30  # a window's side where it has none, and more than any row's number
 
 Size = Any  # int, or a symbol of one
 Number = Any  # int, or a tensor of one or of many

@@ -18,7 +18,8 @@ from .blocks import BLOCK, BlockTables
 from .flex import Graph
 from .mods import MASK_BUFFERS, Features
 
-# Or why there is none, which is as slow to find out as a kernel is to be compiled.
+# By spec and device: a GPU's number is in the code. Or why there is none, which is as slow to find out as a kernel is
+# to be compiled.
 KERNELS: Cache[object, Compiled | str] = Cache("compiled kernels", entries=512)
 
 # `canonical` has seen to the strides.
@@ -75,7 +76,7 @@ class Spec:
         """What is compiled."""
         return self.graph(dict(zip(self.names, tensors, strict=True)))
 
-    def example_inputs(self, device: str, size: Callable[[str, int], Any]) -> list[Tensor]:
+    def example_inputs(self, device: torch.device | str, size: Callable[[str, int], Any]) -> list[Tensor]:
         """Inputs to trace with. size: (name, typical value) -> a size, the same one for the same name."""
         layout, batch = self.features.layout, size("batch", 4)
         rows_q, rows_k = size("rows_q", 8 * BLOCK), size("rows_k", 9 * BLOCK)
@@ -139,8 +140,8 @@ def run(spec: Spec, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     Raises CannotServeError where that fails.
     """
     inputs = [given[name] for name in spec.names]
-    device = inputs[0].device.type
-    if device == "cpu":
+    device = inputs[0].device
+    if device.type == "cpu":
         return spec.function(*inputs)
     what = f"the fused {spec.direction} kernel for head_dim {spec.head_dim}"
 

@@ -105,7 +105,7 @@ class Mods:
         self, product: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor, *tensors: Tensor
     ) -> Tensor:
         """score_mod. Where it drops, -inf."""
-        given = self._given(tensors) if not self.dropping else self._given(tensors[: len(self.names)])
+        given = self._given(tensors[: len(self.names)])  # backward has lse and delta behind
         score = self._score(given, product, batch, head, row, column)
         if not self.dropping:
             return score

@@ -99,7 +99,7 @@ class Shape:
         window: Any = Window(left, right)
         return tuple(self.tables(Sizes(*arguments[: len(Sizes._fields)]), window, left.device, *of_sequences).values())
 
-    def example_inputs(self, device: str, size: Callable[[str, int], Any]) -> list[Any]:
+    def example_inputs(self, device: torch.device | str, size: Callable[[str, int], Any]) -> list[Any]:
         """To trace with. size: (name, typical value) -> a size, the same one for the same name."""
         typical = dict(zip(Sizes._fields, (1000, 1100, 7, 256, 100, 9, 9), strict=True))
         sizes = [size(name, value) for name, value in typical.items()]
@@ -112,7 +112,7 @@ class Shape:
         """How many there are of cu_seqlens and first_keys."""
         return 0 if self.layout == "dense" else 3 if self.leftpad else 2
 
-    def compiled(self, device: str) -> Compiled:
+    def compiled(self, device: torch.device) -> Compiled:
         return graphs.compiled_graph(
             self.function, lambda size: self.example_inputs(device, size), "the tables of a call's rows", **CONFIG
         )
@@ -130,7 +130,7 @@ def _packed_sides(
 _dense: Cache[object, Tables] = Cache("dense tables", 256, 64 << 20, lambda tables: _nbytes(tables))
 _packed = TensorCache[Tables]("packed tables", 64, 256 << 20, lambda tables: _nbytes(tables))
 _numbers: Cache[object, Tensor] = Cache("numbers on devices", entries=256)
-_makers: Cache[object, Compiled] = Cache("compiled tables", entries=32)
+_makers: Cache[object, Compiled] = Cache("compiled tables", entries=32)  # by shape and device, as kernels are
 
 
 def _nbytes(tables: Tables) -> int:
@@ -154,22 +154,16 @@ def lie_alike(packed: Packed) -> bool:
 
 def tables_of(problem: Problem, layout: Layout, stream: int | None) -> Tables:
     """On the device of the call. stream: as `stream_of` has it."""
-    shape, sizes, device, packed = (
-        shape_of(problem, layout),
-        sizes_of(problem, layout),
-        problem.q.device,
-        problem.packed,
-    )
-    window = bounded(problem.window)
+    shape, sizes, window = shape_of(problem, layout), sizes_of(problem, layout), bounded(problem.window)
+    device, sums = problem.q.device, _of_sequences(problem.packed)
     key = shape, window, sizes, device, stream
-    sums = _of_sequences(packed)
 
     def make() -> Tables:
         return _made(shape, sizes, window, device, stream, *_alike(sums))
 
     if stream is None:
         return make()
-    return _dense.get(key, make) if packed is None else _packed.get(sums, key, make)
+    return _packed.get(sums, key, make) if sums else _dense.get(key, make)
 
 
 def traced(problem: Problem, layout: Layout) -> Tables:
@@ -243,7 +237,7 @@ def _made(
 ) -> dict[str, Tensor]:
     if device.type == "cpu":
         return shape.tables(sizes, window, device, *cu_seqlens)
-    make = _makers.get((shape, device.type), lambda: shape.compiled(device.type))
+    make = _makers.get((shape, device), lambda: shape.compiled(device))
     bounds = [number(side, device, stream) for side in window if isinstance(side, int)]
     return dict(zip(_names(shape), make([*sizes, *bounds, *cu_seqlens]), strict=True))
 
