@@ -93,10 +93,18 @@ def test_scores_of_fp16_do_not_overflow():
 
 
 def test_the_op_is_served_by_them(monkeypatch):
+    directions, init = [], Call.__init__
+
+    def noted(self, problem, direction, *rest):
+        directions.append(direction)
+        init(self, problem, direction, *rest)
+
+    monkeypatch.setattr(Call, "__init__", noted)
     for dense in (True, False):
         data = make(Case(((70, 70),) * 2, dense, causal=True))
         with large_tiles():
             check_against_float64(data, run_op(data, "tiled"))
+    assert directions == ["forward", "backward"] * 2
 
 
 def test_pages():
@@ -423,8 +431,10 @@ def test_memory_is_linear_and_the_budget_is_the_devices():
             assert forward - out.nbytes - lse.nbytes <= 3 * MB
 
 
-@pytest.fixture
-def short_of_memory(monkeypatch):
+@pytest.fixture(
+    params=[torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory")], ids=str
+)
+def short_of_memory(request, monkeypatch):
     """Out of memory at so many scores and more, as a device's allocator says it."""
     from compiled_fa.engines.tiled.scratch import Scratch
 
@@ -435,7 +445,7 @@ def short_of_memory(monkeypatch):
         if name == "scores":
             taken.append(shape)
             if torch.Size(shape).numel() >= limit[0]:
-                raise torch.OutOfMemoryError("out of memory")
+                raise type(request.param)(*request.param.args)
         return take(self, name, shape, dtype)
 
     monkeypatch.setattr(Scratch, "take", failing)
@@ -458,9 +468,23 @@ def test_out_of_memory_halves_the_budget_once(short_of_memory, caplog):
         said = [record.message for record in caplog.records if "half as much" in record.message]
         assert len(said) == 1
         limit[0] = 1
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="out of memory"):
             run_engine(tiled, data)
     assert len([record for record in caplog.records if "half as much" in record.message]) == 1
+
+
+def test_another_error_halves_nothing(monkeypatch):
+    monkeypatch.setattr(budget, "_halved", set())
+    device, calls = torch.device("cpu"), []
+
+    def failing(nbytes):
+        calls.append(nbytes)
+        raise RuntimeError("shapes do not fit")
+
+    with large_tiles(), pytest.raises(RuntimeError, match="shapes do not fit"):
+        budget.within(device, failing)
+    assert len(calls) == 1
+    assert not budget._halved
 
 
 def test_out_of_memory_leaves_nothing_behind(short_of_memory):
@@ -468,7 +492,7 @@ def test_out_of_memory_leaves_nothing_behind(short_of_memory):
     problem = make(Case(((600, 600),), True, nheads_k=4)).problem()
 
     def failing():
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="out of memory"):
             tiled.forward(problem)
 
     with large_tiles(2 * MB):

@@ -16,7 +16,7 @@ from ....scores import ScoreProgram
 from ....scores.dropout import Row
 from ....tuning import on
 from .. import chunks as chunking
-from ..chunks import Chunk, Groups, Lengths, Span
+from ..chunks import Chunk, Lengths, Span
 from ..scratch import Scratch
 from ..tiles import TileSizes
 from . import products
@@ -55,14 +55,9 @@ class Call:
                 problem.heads_per_key,
                 lambda sequences, heads: self.window,
                 self._sizes,
-                self._groups,
+                lambda lengths: groups(lengths, problem.q.shape[-2], self.tuned.group_scores),
             )
         )
-
-    def _groups(self, lengths: Lengths) -> Groups:
-        if self.problem.packed is None:
-            return chunking.groups(lengths)
-        return groups(lengths, self.problem.q.shape[-2], self.tuned.group_scores)
 
     def _sizes(self, seqlen_q: int, seqlen_k: int, sequences: int) -> TileSizes:
         if self._tiles is not None:

@@ -22,8 +22,9 @@ PAD = 4  # elements; a row of sums is as wide as head_dim and one more, rounded 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a call takes: for a score of a tile, for a row of it (each head's of a query), for a key of it, and for a
-    pair (sequence, key head) as a whole; alone: for one whose sequence runs by itself, and may lie as products take it.
+    """What a call takes: for a score of a tile, for a row of it forward (each head's of a query), for a key of it
+    backward, and for a pair (sequence, key head) as a whole; alone: for one whose sequence runs by itself, and may lie
+    as products take it.
     """
 
     a_score: int
@@ -112,7 +113,7 @@ def choose(
     seen = other
     if window.left is not None and window.right is not None:
         seen = min(other, int(window.left) + int(window.right) + longest)
-    of_length, of_other = (g * costs.a_row, 0) if direction == "forward" else (costs.a_key, g * costs.a_row)
+    of_length = g * costs.a_row if direction == "forward" else costs.a_key
     a_score = g * costs.a_score
     wanted = min(longest, -(-tuned.whole_rows // g) if direction == "forward" else tuned.whole_rows)
 
@@ -122,7 +123,7 @@ def choose(
 
     def whole(pairs: int) -> int:
         """Of the side that is cut: how many of them fit with all that they see."""
-        return (room(pairs) - of_other * seen) // (of_length + a_score * seen)
+        return room(pairs) // (of_length + a_score * seen)
 
     most = sequences * nheads_k
     while most > MOST_PAIRS:
@@ -141,7 +142,7 @@ def choose(
     pairs, cut = most, min(longest, max(1, tuned.tile // g) if direction == "forward" else tuned.tile)
 
     def across() -> int:
-        return (room(pairs) - of_length * cut) // (of_other + a_score * cut)
+        return (room(pairs) - of_length * cut) // (a_score * cut)
 
     enough = min(seen, LEAST_KEYS)
     while pairs > 1 and across() < enough:
