@@ -188,8 +188,9 @@ def sdpa_reason(
 
 
 def _pytorch_is_fused(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
-    """Is this call for a kernel of PyTorch's that makes no score matrix? Not on CUDA cards before FLASH_CAPABILITY: it has
-    but its memory-efficient one there.
+    """Is this call for a kernel of PyTorch's that makes no score matrix?
+
+    On CUDA cards before FLASH_CAPABILITY it has only its memory-efficient one, and the call is ours.
     """
     head_dim, same = query.shape[-1], query.shape[-1] == value.shape[-1]
     taken = same and query.dim() == 4 and all(x.stride(-1) == 1 for x in (query, key, value))

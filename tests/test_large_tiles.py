@@ -390,6 +390,20 @@ def test_peak_memory_is_inputs_and_results_and_the_budget(dense, options):
     assert nbytes / 4 < backward - sum(x.nbytes for x in gradients) <= nbytes
 
 
+@pytest.mark.parametrize("expanded", [False, True], ids=["dout lies", "dout is copied"])
+@pytest.mark.parametrize(("head_dim", "nbytes"), [(64, 3 * MB), (128, 4 * MB), (128, 6 * MB)])
+def test_peak_memory_of_one_chunk_after_another(head_dim, nbytes, expanded):
+    """Buffers of one are there while the next one begins; dout is a caller's, as of out.sum()."""
+    q = torch.randn(1, 4, 1000, head_dim).transpose(1, 2)
+    problem = Problem.of(q, q, q, None)
+    with large_tiles(nbytes):
+        out, lse = tiled.forward(problem)
+        dout = torch.ones(()).expand(out.shape) if expanded else torch.ones_like(out)
+        assert len(Call(problem, "backward", nbytes, None).chunks) > 1
+        backward, gradients = peak(lambda: tiled.backward(problem, dout, out, lse))
+    assert nbytes / 4 < backward - sum(x.nbytes for x in gradients) <= nbytes
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @given(st.data())
 def test_sizes_fit_and_are_even(direction, drawn):

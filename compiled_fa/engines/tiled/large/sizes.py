@@ -43,8 +43,8 @@ class Bytes:
         operand: int,
         lies: tuple[bool, bool, bool],
     ) -> Bytes:
-        """operand: bytes of an element of a product's operand. lies: do q (and dout), k and v, of one sequence by
-        itself, lie as products take them?
+        """operand: bytes of an element of a product's operand. lies: do q, k and v, of one sequence by itself, lie as
+        products take them?
         """
         wide, size = problem.lse_dtype.itemsize, problem.q.dtype.itemsize
         head_dim, head_dim_v = problem.q.shape[-1], problem.v.shape[-1]
@@ -62,10 +62,10 @@ class Bytes:
             held += outs * moved + (2 + packed) * wide * rows
             a_row = (2 * padded(head_dim_v) + 8) * wide + head_dim_v * made
             return cls(a_score, a_row, 0, held + copied * sum(copies), held + copied * apart)
-        # delta's terms and out, then dq: never at once.
-        held += max((wide + made) * queries, (wide + moved) * outs)
+        # dq stays in scratch while the next chunk's delta is made, of terms and out.
+        held += wide * queries + max(made * queries, (wide + moved) * outs)
         held += 8 * wide * rows + moved * sum(copies)
-        together, alone = copied * (sum(copies) + outs), copied * (apart + outs * (not lies[0]))
+        together, alone = copied * (sum(copies) + outs), copied * (apart + outs)  # dout lies as a caller has it
         return cls(a_score, 0, (head_dim + head_dim_v) * (wide + made), held + together, held + alone)
 
 
