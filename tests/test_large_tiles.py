@@ -404,6 +404,15 @@ def test_peak_memory_of_one_chunk_after_another(head_dim, nbytes, expanded):
     assert nbytes / 4 < backward - sum(x.nbytes for x in gradients) <= nbytes
 
 
+def test_peak_memory_of_the_distances_of_packed_sequences():
+    """One head's take as much as its scores."""
+    lengths, nbytes = ((300, 268), (67, 221), (69, 436), (171, 311)), 8 * MB
+    problem = make(Case(lengths, nheads_k=1, head_dim=32, head_dim_v=8, slopes="heads")).problem()
+    with large_tiles(nbytes):
+        forward, (out, lse) = peak(lambda: tiled.forward(problem))
+    assert nbytes / 4 < forward - out.nbytes - lse.nbytes <= nbytes
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @given(st.data())
 def test_sizes_fit_and_are_even(direction, drawn):

@@ -75,6 +75,8 @@ def _a_score(direction: Direction, problem: Problem, wide: int, operand: int, ma
     narrow = operand if operand != wide else 0  # probabilities, or their gradient, as operands
     score = wide * (capped or biased)  # beside the product
     making_it = 2 * score + wide * (capped and biased)
+    if biased and problem.packed is not None:
+        making_it += 4  # distances, int32, which are each sequence's own
     hash_and_mask = HASH * dropping
     # Packed sequences whose offsets differ have a mask each.
     masks = 3 if problem.packed is not None and problem.window_in_force != Window() else 0
