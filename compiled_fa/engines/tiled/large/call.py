@@ -17,6 +17,7 @@ from ....scores.dropout import Row
 from ....tuning import on
 from .. import chunks as chunking
 from ..chunks import Chunk, Lengths, Span
+from ..rows import as_rows
 from ..scratch import Scratch
 from ..tiles import TileSizes
 from . import products
@@ -182,16 +183,12 @@ class Call:
         q = self.problem.q
         if self.problem.packed is None:
             batch, seqlen, nheads = q.shape[:-1]
-            return self.as_rows(self.results(q, (batch, nheads, seqlen), self.dtype, -inf))
+            return as_rows(self.results(q, (batch, nheads, seqlen), self.dtype, -inf))
         return self.results(q, (*q.shape[:-1], 1), self.dtype, -inf)
 
     def finished_lse(self, rows: Tensor) -> Tensor:
         """-> (B, H, Sq) or (H, T)."""
         return self.finished(rows)[..., 0].mT.contiguous()
-
-    def as_rows(self, per_row: Tensor) -> Tensor:
-        """lse or its gradient, (B, H, Sq) or (H, T), as a tensor of rows like q with one column."""
-        return per_row.mT[..., None]
 
     @functools.cached_property
     def zero(self) -> Tensor:
