@@ -178,6 +178,8 @@ def sdpa_reason(
         return "numbers of heads that do not fit"
     if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         return f"a head_dim over {MAX_HEAD_DIM}"
+    if not 0.0 <= dropout_p < 1.0:
+        return "a dropout_p that is not at least 0 and below 1"
     if is_causal and query.shape[-2] > key.shape[-2]:
         return "causal, with more queries than keys"
     if not everywhere and _pytorch_is_fused(query, key, value, dropout_p):
@@ -186,13 +188,17 @@ def sdpa_reason(
 
 
 def _pytorch_is_fused(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
-    """Has PyTorch a kernel for this call that makes no score matrix, and is as fast as ours?"""
+    """Is this call for a kernel of PyTorch's that makes no score matrix?
+
+    On CUDA cards before FLASH_CAPABILITY it has only its memory-efficient one, and the call is ours.
+    """
     head_dim, same = query.shape[-1], query.shape[-1] == value.shape[-1]
+    taken = same and query.dim() == 4 and all(x.stride(-1) == 1 for x in (query, key, value))
     if query.device.type == "cpu":
-        return same and dropout_p == 0.0 and query.dim() == 4
+        return taken and dropout_p == 0.0
     if query.device.type == "cuda" and torch.version.hip is None:
         capable = torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
-        return capable and same and head_dim <= FLASH_HEAD_DIM and query.dtype != torch.float64 and query.dim() == 4
+        return capable and taken and head_dim <= FLASH_HEAD_DIM and query.dtype != torch.float64
     return True  # of other devices' kernels nothing was measured
 
 

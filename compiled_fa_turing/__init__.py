@@ -9,7 +9,7 @@ It imports neither torch nor compiled_fa, so that a pure Triton program can have
 
     hook.py            enable() and disable(): the hook, which loads the stage when a kernel for Turing is compiled
     stage.py           the stage; dots.py: what becomes of each dot and loop; pipeline.py rewrites the pipeline;
-                       ir_text.py reads and writes Triton's text
+                       ir_text.py reads and writes Triton's text; target.py: what a Turing GPU is
     triton_private.py  every use of an interface of Triton that nobody promises, inductor.py: of PyTorch's
     startup.py         for processes that are to have it from their start; late.py: waiting for an import
     site_hook.py       the file that tells every Python of an environment; program.py: a program and its children

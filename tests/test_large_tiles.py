@@ -93,10 +93,18 @@ def test_scores_of_fp16_do_not_overflow():
 
 
 def test_the_op_is_served_by_them(monkeypatch):
+    directions, init = [], Call.__init__
+
+    def noted(self, problem, direction, *rest):
+        directions.append(direction)
+        init(self, problem, direction, *rest)
+
+    monkeypatch.setattr(Call, "__init__", noted)
     for dense in (True, False):
         data = make(Case(((70, 70),) * 2, dense, causal=True))
         with large_tiles():
             check_against_float64(data, run_op(data, "tiled"))
+    assert directions == ["forward", "backward"] * 2
 
 
 def test_pages():
@@ -382,6 +390,29 @@ def test_peak_memory_is_inputs_and_results_and_the_budget(dense, options):
     assert nbytes / 4 < backward - sum(x.nbytes for x in gradients) <= nbytes
 
 
+@pytest.mark.parametrize("expanded", [False, True], ids=["dout lies", "dout is copied"])
+@pytest.mark.parametrize(("head_dim", "nbytes"), [(64, 3 * MB), (128, 4 * MB), (128, 6 * MB)])
+def test_peak_memory_of_one_chunk_after_another(head_dim, nbytes, expanded):
+    """Buffers of one are there while the next one begins; dout is a caller's, as of out.sum()."""
+    q = torch.randn(1, 4, 1000, head_dim).transpose(1, 2)
+    problem = Problem.of(q, q, q, None)
+    with large_tiles(nbytes):
+        out, lse = tiled.forward(problem)
+        dout = torch.ones(()).expand(out.shape) if expanded else torch.ones_like(out)
+        assert len(Call(problem, "backward", nbytes, None).chunks) > 1
+        backward, gradients = peak(lambda: tiled.backward(problem, dout, out, lse))
+    assert nbytes / 4 < backward - sum(x.nbytes for x in gradients) <= nbytes
+
+
+def test_peak_memory_of_the_distances_of_packed_sequences():
+    """One head's take as much as its scores."""
+    lengths, nbytes = ((300, 268), (67, 221), (69, 436), (171, 311)), 8 * MB
+    problem = make(Case(lengths, nheads_k=1, head_dim=32, head_dim_v=8, slopes="heads")).problem()
+    with large_tiles(nbytes):
+        forward, (out, lse) = peak(lambda: tiled.forward(problem))
+    assert nbytes / 4 < forward - out.nbytes - lse.nbytes <= nbytes
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @given(st.data())
 def test_sizes_fit_and_are_even(direction, drawn):
@@ -423,8 +454,10 @@ def test_memory_is_linear_and_the_budget_is_the_devices():
             assert forward - out.nbytes - lse.nbytes <= 3 * MB
 
 
-@pytest.fixture
-def short_of_memory(monkeypatch):
+@pytest.fixture(
+    params=[torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory")], ids=str
+)
+def short_of_memory(request, monkeypatch):
     """Out of memory at so many scores and more, as a device's allocator says it."""
     from compiled_fa.engines.tiled.scratch import Scratch
 
@@ -435,7 +468,7 @@ def short_of_memory(monkeypatch):
         if name == "scores":
             taken.append(shape)
             if torch.Size(shape).numel() >= limit[0]:
-                raise torch.OutOfMemoryError("out of memory")
+                raise type(request.param)(*request.param.args)
         return take(self, name, shape, dtype)
 
     monkeypatch.setattr(Scratch, "take", failing)
@@ -458,9 +491,23 @@ def test_out_of_memory_halves_the_budget_once(short_of_memory, caplog):
         said = [record.message for record in caplog.records if "half as much" in record.message]
         assert len(said) == 1
         limit[0] = 1
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="out of memory"):
             run_engine(tiled, data)
     assert len([record for record in caplog.records if "half as much" in record.message]) == 1
+
+
+def test_another_error_halves_nothing(monkeypatch):
+    monkeypatch.setattr(budget, "_halved", set())
+    device, calls = torch.device("cpu"), []
+
+    def failing(nbytes):
+        calls.append(nbytes)
+        raise RuntimeError("shapes do not fit")
+
+    with large_tiles(), pytest.raises(RuntimeError, match="shapes do not fit"):
+        budget.within(device, failing)
+    assert len(calls) == 1
+    assert not budget._halved
 
 
 def test_out_of_memory_leaves_nothing_behind(short_of_memory):
@@ -468,7 +515,7 @@ def test_out_of_memory_leaves_nothing_behind(short_of_memory):
     problem = make(Case(((600, 600),), True, nheads_k=4)).problem()
 
     def failing():
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="out of memory"):
             tiled.forward(problem)
 
     with large_tiles(2 * MB):

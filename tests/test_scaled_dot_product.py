@@ -93,6 +93,7 @@ LEFT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a mask": ({}, {"attn_mask": torch.ones(9, 9, dtype=torch.bool)}),
     "causal, with more queries than keys": ({"seqlen_k": 5}, {"is_causal": True}),
     "an empty tensor": ({"seqlen_q": 0}, {}),
+    "a dropout_p that is not at least 0 and below 1": ({}, {"dropout_p": 1.0}),
     "PyTorch's own fused kernel": ({}, {}),
 }
 
@@ -134,11 +135,21 @@ def test_pytorch_has_a_kernel_where_we_think_so():
     """On a CPU: what is left to its fused kernel is what that kernel takes."""
     tried: list[tuple[dict[str, Any], dict[str, Any]]]
     tried = [({}, {}), ({"head_dim_v": 6}, {}), ({}, {"dropout_p": 0.5}), ({"seqlen_q": 3}, {})]
+    tried.append(({"nheads_k": 2}, {"enable_gqa": True}))
     for sizes, options in tried:
         inputs = tensors(**sizes)
-        chosen = torch._fused_sdp_choice(*inputs, **options)
-        reason = sdpa_reason(*inputs, **options)
-        assert (reason is None) == (chosen == SDPBackend.MATH.value), (sizes, options)
+        for laid_out in (inputs, [x.mT.contiguous().mT for x in inputs]):
+            chosen = torch._fused_sdp_choice(*laid_out, **options)
+            reason = sdpa_reason(*laid_out, **options)
+            assert (reason is None) == (chosen == SDPBackend.MATH.value), (sizes, options)
+
+
+def test_rows_whose_elements_lie_apart():
+    inputs = [x.mT.contiguous().mT for x in tensors()]
+    with compiled_fa.sdpa() as calls:
+        found = F.scaled_dot_product_attention(*inputs)
+    assert calls.served == 1
+    torch.testing.assert_close(found, PYTORCHS(*inputs))
 
 
 def test_modules_and_names_that_others_imported(monkeypatch):

@@ -350,6 +350,14 @@ def test_arguments_that_are_refused(argument):
         integration.attention(torch.nn.Module(), q, q, q, None, **refused)
 
 
+@pytest.mark.parametrize("given", ["cu_seq_lens_q", "cu_seq_lens_k"])
+def test_lengths_of_one_side_only_are_refused(given):
+    lengths: dict[str, Any] = {given: torch.tensor([0, 1, 3])}
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k are wanted together"):
+        integration.attention(torch.nn.Module(), q, q, q, None, **lengths)
+
+
 @pytest.mark.parametrize("how", ["or_mask_function", "and_mask_function", "block_sequence_ids", "chunks"])
 def test_masks_of_another_kind_are_refused(how):
     from transformers import masking_utils

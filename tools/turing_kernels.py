@@ -209,8 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", help="a @triton.jit function of the file, which is imported, not run")
     parser.add_argument("--signature", help="the types of its arguments, and the values of its constants")
-    parser.add_argument("--num-warps", type=int, default=4, help="of --kernel (4)")
-    parser.add_argument("--num-stages", type=int, default=2, help="of --kernel (2)")
+    parser.add_argument("--num-warps", type=int, help="of --kernel (4)")
+    parser.add_argument("--num-stages", type=int, help="of --kernel (2)")
     parser.add_argument("--no-stock", action="store_true", help="leave out stock Triton, which can take minutes")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("file", type=pathlib.Path, help="a Python file with Triton kernels")
@@ -218,11 +218,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if bool(asked.kernel) != bool(asked.signature):
         parser.error("--kernel and --signature are wanted together")
+    if not asked.kernel and (asked.num_warps or asked.num_stages):
+        parser.error("--num-warps and --num-stages are of --kernel: a script's launches have their own")
+    if asked.kernel and asked.program:
+        parser.error(f"the file of --kernel is not run, and takes no arguments, got {asked.program}")
     if not asked.file.is_file():
         parser.error(f"file: there is no {asked.file}")
     error: BaseException | None = None
     if asked.kernel:
-        options = {"num_warps": asked.num_warps, "num_stages": asked.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": asked.num_warps or 4, "num_stages": asked.num_stages or 2, "enable_fp_fusion": True}
         try:
             launches = [launch_of(asked.file, asked.kernel, asked.signature, options)]
         except ValueError as wrong:

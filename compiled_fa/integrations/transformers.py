@@ -100,7 +100,7 @@ def attention(
 
     Raises:
         ValueError: something is asked for that no such call can give: attention probabilities, a bias, a mask of four
-            dimensions, attention sinks, pages.
+            dimensions, attention sinks, pages; only one of cu_seq_lens_q and cu_seq_lens_k.
     """
     if output_attentions:
         _refuse("output_attentions", "probabilities are never made")
@@ -110,6 +110,9 @@ def attention(
         _refuse("s_aux", "attention sinks are not served")
     if block_table is not None:
         _refuse("block_table", "transformers' paged cache is not served here")
+    if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
+        missing = "cu_seq_lens_q" if cu_seq_lens_q is None else "cu_seq_lens_k"
+        raise ValueError(f"cu_seq_lens_q and cu_seq_lens_k are wanted together, got no {missing}")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))

@@ -13,6 +13,7 @@ from . import large
 from .call import Call
 from .chunks import Chunk, spans
 from .products import Sum
+from .rows import as_rows
 from .tiles import TileSizes
 
 
@@ -60,7 +61,7 @@ def _backward_chunk(
     at = call.indices(chunk)
     queries = call.load_queries("queries", problem.q, chunk, 0, q_total, dtype)
     douts = call.load_queries("dout", dout, chunk, 0, q_total, dtype)
-    lses = call.load_queries("lse", call.as_rows(lse), chunk, 0, q_total).view(batch_heads, q_total, heads)
+    lses = call.load_queries("lse", as_rows(lse), chunk, 0, q_total).view(batch_heads, q_total, heads)
     lses.masked_fill_(lses == -inf, inf)
     deltas = _deltas(call, chunk, douts, out, dlse).view(batch_heads, q_total, heads)
     tile_dq = scratch.take("dq", (batch_heads, q_total * heads, head_dim), call.dtype).zero_()
@@ -98,5 +99,5 @@ def _deltas(call: Call, chunk: Chunk, douts: Tensor, out: Tensor, dlse: Tensor |
         tile_out = call.load_queries("out", out, chunk, start, stop)
         torch.sum(tile_out.mul_(douts[:, rows]), -1, out=deltas[:, rows])
         if dlse is not None:
-            deltas[:, rows].sub_(call.load_queries("dlse", call.as_rows(dlse), chunk, start, stop)[..., 0])
+            deltas[:, rows].sub_(call.load_queries("dlse", as_rows(dlse), chunk, start, stop)[..., 0])
     return deltas

@@ -123,10 +123,6 @@ class Call:
         found = new_empty(self.problem.q, shape)
         return found.zero_() if any(0 in pair for pair in self._lengths) else found
 
-    def as_rows(self, per_row: Tensor) -> Tensor:
-        """lse or its gradient, (B, H, Sq) or (H, T), as a tensor of rows like q with one column."""
-        return per_row.mT[..., None]
-
     def load_queries(
         self, name: str, tensor: Tensor, chunk: Chunk, start: int, stop: int, dtype: torch.dtype | None = None
     ) -> Tensor:

@@ -14,6 +14,7 @@ from .call import Call
 from .chunks import Chunk
 from .keys import Keys
 from .products import Sum
+from .rows import as_rows
 from .steps import softmax_finish
 from .tiles import TileSizes
 
@@ -58,4 +59,4 @@ def _forward_chunk(call: Call, chunk: Chunk, out: Tensor, lse: Tensor) -> None:
         weighted.finished()
         tile_out, tile_lse = softmax_finish(accumulator, row_max, row_sum, call.keep_probability)
         call.store_queries(out, chunk, q_start, q_stop, tile_out)
-        call.store_queries(call.as_rows(lse), chunk, q_start, q_stop, tile_lse[..., None])
+        call.store_queries(as_rows(lse), chunk, q_start, q_stop, tile_lse[..., None])

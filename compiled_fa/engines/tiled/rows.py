@@ -41,6 +41,11 @@ def _split(rows: Tensor, pairs_per_sequence: int) -> Tensor:
     return rows.view(*rows.shape[:2], pairs_per_sequence, -1, rows.shape[-1])
 
 
+def as_rows(per_row: Tensor) -> Tensor:
+    """lse or its gradient, (B, H, Sq) or (H, T), as a tensor of rows like q with one column."""
+    return per_row.mT[..., None]
+
+
 def is_regular(tensor: Tensor) -> bool:
     """Is it made of rows (head_dim) that lie a multiple of head_dim apart, so that `flattened` can take it?"""
     head_dim, strides = tensor.shape[-1], tensor.stride()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ....problem import Problem
 from ..chunks import Chunk, Span, spans
+from ..rows import as_rows
 from ..tiles import TileSizes
 from . import operands, products
 from .budget import within
@@ -59,7 +60,7 @@ class _Chunk:
         self._q, self._dout = self._rows.operand(problem.q, dtype), self._rows.operand(dout, dtype)
         self._k, self._v = self._columns.operand(problem.k, dtype), self._columns.operand(problem.v, dtype)
         # Rows without a key have probabilities 0, and those past a sequence's end.
-        self._lse = torch.nan_to_num(self._rows.split(call.as_rows(lse)), nan=nan, posinf=inf, neginf=inf)
+        self._lse = torch.nan_to_num(self._rows.split(as_rows(lse)), nan=nan, posinf=inf, neginf=inf)
         if (missing := self._rows.missing()) is not None:
             self._lse.masked_fill_(missing, inf)
         self._delta = _deltas(call, self._rows, self._dout, out, dlse)
@@ -147,4 +148,4 @@ def _deltas(call: Call, rows: Side, dout: Tensor, out: Tensor, dlse: Tensor | No
     else:
         terms = douts * outs
     deltas = terms.sum(-1, keepdim=True)
-    return deltas if dlse is None else deltas.sub_(rows.split(call.as_rows(dlse)))
+    return deltas if dlse is None else deltas.sub_(rows.split(as_rows(dlse)))

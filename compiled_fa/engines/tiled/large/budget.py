@@ -45,10 +45,15 @@ def within(device: torch.device, call: Callable[[int], Result]) -> Result:
     """call(bytes it may take); once more with half as many, if memory runs out and they were not halved before."""
     try:
         return call(budget(device))
-    except torch.OutOfMemoryError:
-        if device in _halved:
+    except RuntimeError as error:
+        if device in _halved or not _is_out_of_memory(error):
             raise
     # Out here, because the error holds on to the frames it came through, and they to what was allocated.
     _halved.add(device)
     say_once(f"out of memory on {device}: from here on a call's tiles there take half as much, {budget(device)} bytes")
     return call(budget(device))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """PyTorch has an error of its own for it, but on MPS, where a RuntimeError says so in its message."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

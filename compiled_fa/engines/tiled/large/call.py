@@ -16,7 +16,8 @@ from ....scores import ScoreProgram
 from ....scores.dropout import Row
 from ....tuning import on
 from .. import chunks as chunking
-from ..chunks import Chunk, Groups, Lengths, Span
+from ..chunks import Chunk, Lengths, Span
+from ..rows import as_rows
 from ..scratch import Scratch
 from ..tiles import TileSizes
 from . import products
@@ -55,14 +56,9 @@ class Call:
                 problem.heads_per_key,
                 lambda sequences, heads: self.window,
                 self._sizes,
-                self._groups,
+                lambda lengths: groups(lengths, problem.q.shape[-2], self.tuned.group_scores),
             )
         )
-
-    def _groups(self, lengths: Lengths) -> Groups:
-        if self.problem.packed is None:
-            return chunking.groups(lengths)
-        return groups(lengths, self.problem.q.shape[-2], self.tuned.group_scores)
 
     def _sizes(self, seqlen_q: int, seqlen_k: int, sequences: int) -> TileSizes:
         if self._tiles is not None:
@@ -187,16 +183,12 @@ class Call:
         q = self.problem.q
         if self.problem.packed is None:
             batch, seqlen, nheads = q.shape[:-1]
-            return self.as_rows(self.results(q, (batch, nheads, seqlen), self.dtype, -inf))
+            return as_rows(self.results(q, (batch, nheads, seqlen), self.dtype, -inf))
         return self.results(q, (*q.shape[:-1], 1), self.dtype, -inf)
 
     def finished_lse(self, rows: Tensor) -> Tensor:
         """-> (B, H, Sq) or (H, T)."""
         return self.finished(rows)[..., 0].mT.contiguous()
-
-    def as_rows(self, per_row: Tensor) -> Tensor:
-        """lse or its gradient, (B, H, Sq) or (H, T), as a tensor of rows like q with one column."""
-        return per_row.mT[..., None]
 
     @functools.cached_property
     def zero(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which packed sequences run side by side, padded to the longest of them: few groups, and little padding.
+"""Which sequences run side by side, padded to the longest of them: few groups, and little padding; dense ones are one.
 
 A group costs launches, padding costs scores; a table says how many scores take as long as a group's launches. Of all
 ways to cut the sequences, in the order of their lengths, into groups the cheapest is taken.

@@ -22,8 +22,9 @@ PAD = 4  # elements; a row of sums is as wide as head_dim and one more, rounded 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a call takes: for a score of a tile, for a row of it (each head's of a query), for a key of it, and for a
-    pair (sequence, key head) as a whole; alone: for one whose sequence runs by itself, and may lie as products take it.
+    """What a call takes: for a score of a tile, for a row of it forward (each head's of a query), for a key of it
+    backward, and for a pair (sequence, key head) as a whole; alone: for one whose sequence runs by itself, and may lie
+    as products take it.
     """
 
     a_score: int
@@ -42,8 +43,8 @@ class Bytes:
         operand: int,
         lies: tuple[bool, bool, bool],
     ) -> Bytes:
-        """operand: bytes of an element of a product's operand. lies: do q (and dout), k and v, of one sequence by
-        itself, lie as products take them?
+        """operand: bytes of an element of a product's operand. lies: do q, k and v, of one sequence by itself, lie as
+        products take them?
         """
         wide, size = problem.lse_dtype.itemsize, problem.q.dtype.itemsize
         head_dim, head_dim_v = problem.q.shape[-1], problem.v.shape[-1]
@@ -61,10 +62,10 @@ class Bytes:
             held += outs * moved + (2 + packed) * wide * rows
             a_row = (2 * padded(head_dim_v) + 8) * wide + head_dim_v * made
             return cls(a_score, a_row, 0, held + copied * sum(copies), held + copied * apart)
-        # delta's terms and out, then dq: never at once.
-        held += max((wide + made) * queries, (wide + moved) * outs)
+        # dq stays in scratch while the next chunk's delta is made, of terms and out.
+        held += wide * queries + max(made * queries, (wide + moved) * outs)
         held += 8 * wide * rows + moved * sum(copies)
-        together, alone = copied * (sum(copies) + outs), copied * (apart + outs * (not lies[0]))
+        together, alone = copied * (sum(copies) + outs), copied * (apart + outs)  # dout lies as a caller has it
         return cls(a_score, 0, (head_dim + head_dim_v) * (wide + made), held + together, held + alone)
 
 
@@ -74,6 +75,8 @@ def _a_score(direction: Direction, problem: Problem, wide: int, operand: int, ma
     narrow = operand if operand != wide else 0  # probabilities, or their gradient, as operands
     score = wide * (capped or biased)  # beside the product
     making_it = 2 * score + wide * (capped and biased)
+    if biased and problem.packed is not None:
+        making_it += 4  # distances, int32, which are each sequence's own
     hash_and_mask = HASH * dropping
     # Packed sequences whose offsets differ have a mask each.
     masks = 3 if problem.packed is not None and problem.window_in_force != Window() else 0
@@ -112,7 +115,7 @@ def choose(
     seen = other
     if window.left is not None and window.right is not None:
         seen = min(other, int(window.left) + int(window.right) + longest)
-    of_length, of_other = (g * costs.a_row, 0) if direction == "forward" else (costs.a_key, g * costs.a_row)
+    of_length = g * costs.a_row if direction == "forward" else costs.a_key
     a_score = g * costs.a_score
     wanted = min(longest, -(-tuned.whole_rows // g) if direction == "forward" else tuned.whole_rows)
 
@@ -122,7 +125,7 @@ def choose(
 
     def whole(pairs: int) -> int:
         """Of the side that is cut: how many of them fit with all that they see."""
-        return (room(pairs) - of_other * seen) // (of_length + a_score * seen)
+        return room(pairs) // (of_length + a_score * seen)
 
     most = sequences * nheads_k
     while most > MOST_PAIRS:
@@ -141,7 +144,7 @@ def choose(
     pairs, cut = most, min(longest, max(1, tuned.tile // g) if direction == "forward" else tuned.tile)
 
     def across() -> int:
-        return (room(pairs) - of_length * cut) // (of_other + a_score * cut)
+        return (room(pairs) - of_length * cut) // (a_score * cut)
 
     enough = min(seen, LEAST_KEYS)
     while pairs > 1 and across() < enough:
