@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import validation
+from .activations import sqrelu_fwd
 from .block import Block
 from .embedding import GPT2Embeddings
-from .fused import RMSNorm, refuse_group, sqrelu_fwd
 from .mha import MHA
 from .mlp import GatedMlp, Mlp
+from .norms import RMSNorm
+from .shared import refuse_group
 
 GATES = {"glu": F.sigmoid, "swiglu": F.silu, "geglu": F.gelu}
 TANH = ("gelu_new", "gelu_fast", "gelu_approx", "gelu_pytorch_tanh")
