@@ -20,6 +20,17 @@ def check_tensors(**tensors: object) -> None:
         validation.tensor_given(argument, value)
 
 
+def check_target(argument: str, target: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    """A tensor that a result is written into: of the result's shape, which is of q's dtype and on its device."""
+    validation.tensor_given(argument, target)
+    if tuple(target.shape) != shape:
+        validation.refuse(argument, f"of shape {shape}", tuple(target.shape))
+    if target.dtype != q.dtype:
+        validation.refuse(argument, f"of q's dtype, {q.dtype}", target.dtype, TypeError)
+    if target.device != q.device:
+        validation.refuse(argument, f"on q's device, {q.device}", target.device)
+
+
 def unpacked(argument: str, packed: Tensor, dims: str, parts: int) -> tuple[Tensor, ...]:
     """Views of q, k, v out of the packed tensor's third-last dimension."""
     validation.tensor(argument, packed, dims)

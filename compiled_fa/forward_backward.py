@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, engines, ops, validation
+from .padding import running_sums
 from .probabilities import dense_probabilities, varlen_probabilities
 from .problem import Options
 
@@ -84,8 +85,8 @@ def _flash_attn_backward(
     arguments.check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
     window = (window_size_left, window_size_right)
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
-    options = _given_seed(options, rng_state)
-    targets = _checked_targets((q, k, v), dq, dk, dv)
+    options = _given_seed(options, rng_state, q)
+    targets = _checked_targets((q, k, v), (dq, dk, dv))
     lse = softmax_lse.to(torch.promote_types(q.dtype, torch.float32))
     gradients = ops.attention_backward(dout, None, out, lse, q, k, v, *options, engines.requested())
     _write(targets, gradients)
@@ -172,8 +173,8 @@ def _flash_attn_varlen_backward(
     packing = _packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     window = (window_size_left, window_size_right)
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
-    options = _given_seed(options, rng_state)
-    targets = _checked_targets((q, k, v), dq, dk, dv)
+    options = _given_seed(options, rng_state, q)
+    targets = _checked_targets((q, k, v), (dq, dk, dv))
     lse = softmax_lse.to(torch.promote_types(q.dtype, torch.float32))
     gradients = ops.varlen_attention_backward(dout, None, out, lse, q, k, v, *packing, *options, engines.requested())
     _write(targets, gradients)
@@ -227,17 +228,15 @@ def _keys_that_count(
     if block_table is not None:
         if leftpad_k is not None:
             validation.refuse("leftpad_k", "None with block_table", "a tensor")
-        return k, v, _running_sums(stop)
+        return k, v, running_sums(stop)
     start = torch.zeros_like(stop) if leftpad_k is None else leftpad_k
     counts = (stop - start).clamp(min=0)
     first = cu_seqlens_k[:-1] + start
-    sums = _running_sums(counts)
-    rows = torch.arange(int(sums[-1]), device=k.device) + (first - sums[:-1]).repeat_interleave(counts)
+    sums = running_sums(counts)
+    total = int(sums[-1])
+    shift = (first - sums[:-1]).repeat_interleave(counts, output_size=total)  # which would wait for the total again
+    rows = torch.arange(total, device=k.device) + shift
     return k.index_select(0, rows), v.index_select(0, rows), sums
-
-
-def _running_sums(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _rng_state(q: Tensor, options: Options) -> Tensor:
@@ -245,28 +244,25 @@ def _rng_state(q: Tensor, options: Options) -> Tensor:
     return state if options.dropout_seed is None else torch.cat([options.dropout_seed, state[:1]])
 
 
-def _given_seed(options: Options, rng_state: Tensor | None) -> Options:
+def _given_seed(options: Options, rng_state: Tensor | None, q: Tensor) -> Options:
     if not options.dropout_p:
         return options
-    wanted = "what the forward gave as rng_state, int64 (2,), where dropout_p > 0"
+    wanted = f"what the forward gave as rng_state, int64 (2,) on {q.device}, where dropout_p > 0"
     if rng_state is None:
         validation.refuse("rng_state", wanted, None)
     arguments.check_tensors(rng_state=rng_state)
-    if rng_state.numel() != 2 or rng_state.dtype != torch.int64:
-        validation.refuse("rng_state", wanted, f"{rng_state.dtype} {tuple(rng_state.shape)}")
+    if rng_state.numel() != 2 or rng_state.dtype != torch.int64 or rng_state.device != q.device:
+        validation.refuse("rng_state", wanted, f"{rng_state.dtype} {tuple(rng_state.shape)} on {rng_state.device}")
     return options._replace(dropout_seed=rng_state.flatten()[:1])
 
 
 def _checked_targets(
-    inputs: tuple[Tensor, Tensor, Tensor], dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+    inputs: tuple[Tensor, Tensor, Tensor], targets: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    for argument, target, x in zip(("dq", "dk", "dv"), (dq, dk, dv), inputs, strict=True):
-        if target is None:
-            continue
-        arguments.check_tensors(**{argument: target})
-        if target.shape != x.shape:
-            validation.refuse(argument, f"of {argument[1:]}'s shape, {tuple(x.shape)}", tuple(target.shape))
-    return dq, dk, dv
+    for argument, target, x in zip(("dq", "dk", "dv"), targets, inputs, strict=True):
+        if target is not None:
+            arguments.check_target(argument, target, tuple(x.shape), inputs[0])
+    return targets
 
 
 def _write(targets: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> None:

@@ -67,7 +67,7 @@ def unpad_input(
         kept = used | (unused_mask != 0)
     lengths = kept.sum(-1, dtype=torch.int32)
     rows, indices = _packed(hidden_states, kept)
-    return rows, indices, _running_sums(lengths), _greatest(lengths), used.sum(-1, dtype=torch.int32)
+    return rows, indices, running_sums(lengths), _greatest(lengths), used.sum(-1, dtype=torch.int32)
 
 
 def unpad_input_for_concatenated_sequences(
@@ -92,7 +92,7 @@ def unpad_input_for_concatenated_sequences(
     places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     rows, indices = _packed(hidden_states, places < attention_mask_in_length.sum(-1, keepdim=True))
     lengths = attention_mask_in_length[attention_mask_in_length != 0]
-    return rows, indices, _running_sums(lengths), _greatest(lengths)
+    return rows, indices, running_sums(lengths), _greatest(lengths)
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
@@ -125,7 +125,8 @@ def _packed(hidden_states: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_states.flatten(0, 1).index_select(0, indices), indices
 
 
-def _running_sums(lengths: Tensor) -> Tensor:
+def running_sums(lengths: Tensor) -> Tensor:
+    """cu_seqlens, int32 (B + 1,), of lengths (B,)."""
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 

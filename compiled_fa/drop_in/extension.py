@@ -251,10 +251,8 @@ def _no_generator(generator: torch.Generator | None) -> None:
 
 def _check_out(out: Tensor | None, q: Tensor, v: Tensor) -> None:
     if out is not None:
-        arguments.check_tensors(out=out, q=q, v=v)
-        shape = (*q.shape[:-1], v.shape[-1])
-        if tuple(out.shape) != shape:
-            validation.refuse("out", f"of shape {shape}", tuple(out.shape))
+        arguments.check_tensors(q=q, v=v)
+        arguments.check_target("out", out, (*q.shape[:-1], v.shape[-1]), q)
 
 
 def _into(out: Tensor | None, found: Tensor, *others: Tensor) -> list[Tensor]:
