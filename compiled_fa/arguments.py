@@ -64,6 +64,32 @@ def length(argument: str, length: Any, total: int) -> int | torch.SymInt:
     return validation.length(argument, length)
 
 
+def packing(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    block_table: Tensor | None,
+) -> tuple[Any, ...]:
+    """The ops' arguments about where packed sequences lie."""
+    check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if block_table is not None:
+        check_tensors(block_table=block_table)
+    rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
+    longest_q = length("max_seqlen_q", max_seqlen_q, q.shape[0])
+    return cu_seqlens_q, cu_seqlens_k, longest_q, length("max_seqlen_k", max_seqlen_k, rows_k), block_table
+
+
+def wants_probabilities(argument: str, asked: bool, options: Options, block_table: Tensor | None = None) -> bool:
+    """Is S_dmask to be computed? Only with dropout, and not of pages. argument: the one that asks for it."""
+    wanted = asked and options.dropout_p > 0.0
+    if wanted and block_table is not None:
+        validation.refuse(argument, "False with block_table and dropout_p > 0", True)
+    return wanted
+
+
 def options(
     dropout_p: float | None,
     softmax_scale: float | None,

@@ -49,9 +49,9 @@ def _flash_attn_forward(
     arguments.check_tensors(q=q, k=k, v=v)
     window = (window_size_left, window_size_right)
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    drops = arguments.wants_probabilities("return_softmax", return_softmax, options)
     options = arguments.seeded(options, ops.check_dense, q, k, v)
     out, lse = ops.attention(q, k, v, *options, engines.requested())
-    drops = return_softmax and options.dropout_seed is not None
     return out, lse, dense_probabilities(q, k, lse, *options) if drops else q.new_empty(0), _rng_state(q, options)
 
 
@@ -132,12 +132,12 @@ def _flash_attn_varlen_forward(
     arguments.check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if leftpad_k is not None or seqused_k is not None:
         k, v, cu_seqlens_k = _keys_that_count(k, v, cu_seqlens_k, block_table, leftpad_k, seqused_k)
-    packing = _packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
+    packing = arguments.packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     window = (window_size_left, window_size_right)
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    drops = arguments.wants_probabilities("return_softmax", return_softmax, options, block_table)
     options = arguments.seeded(options, ops.check_packed, q, k, v, *packing)
     out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
-    drops = return_softmax and options.dropout_seed is not None
     probabilities = varlen_probabilities(q, k, lse, packing, *options) if drops else q.new_empty(0)
     return out, lse, probabilities, _rng_state(q, options)
 
@@ -169,8 +169,7 @@ def _flash_attn_varlen_backward(
 ) -> Tensor:
     """_flash_attn_backward of packed sequences; softmax_lse and what is returned are (H, Tq)."""
     arguments.check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
-    arguments.check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    packing = _packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    packing = arguments.packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     window = (window_size_left, window_size_right)
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     options = _given_seed(options, rng_state, q)
@@ -188,20 +187,6 @@ def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: b
     this number. Here a row is one block.
     """
     return 1 << 30
-
-
-def _packing(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    block_table: Tensor | None,
-) -> tuple[Any, ...]:
-    rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
-    longest_q = arguments.length("max_seqlen_q", max_seqlen_q, q.shape[0])
-    return cu_seqlens_q, cu_seqlens_k, longest_q, arguments.length("max_seqlen_k", max_seqlen_k, rows_k), block_table
 
 
 def _keys_that_count(

@@ -2,7 +2,8 @@
 
 xformers and TransformerEngine call it instead of the functions. `fwd` and `varlen_fwd` give (out, softmax_lse, S_dmask,
 rng_state), `bwd` and `varlen_bwd` (dq, dk, dv, softmax_d), `fwd_kvcache` (out, softmax_lse). Results are written into
-the tensors given for them, where there are any.
+the tensors given for them, where there are any. zero_tensors, deterministic and varlen_fwd's num_splits are accepted:
+nothing depends on them. generator must be None.
 
 Source: the bindings of flash_attn 2.7 and 2.8 (mha_fwd, mha_varlen_fwd, mha_bwd, mha_varlen_bwd, mha_fwd_kvcache).
 """
