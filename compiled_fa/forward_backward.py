@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, engines, ops, validation
-from .padding import running_sums
+from .padding import reads_values, running_sums
 from .probabilities import dense_probabilities, varlen_probabilities
 from .problem import Options
 
@@ -207,7 +207,7 @@ def _keys_that_count(
             validation.refuse(argument, "of dtype int32", counts.dtype, TypeError)
         if counts.shape != lengths.shape:
             validation.refuse(argument, f"of one element a sequence, {lengths.shape[0]}", counts.shape[0])
-        if block_table is None and counts.device.type == "cpu" and ((counts < 0) | (counts > lengths)).any():
+        if block_table is None and reads_values(counts) and ((counts < 0) | (counts > lengths)).any():
             validation.refuse(argument, f"from 0 to the lengths of the sequences, {lengths.tolist()}", counts.tolist())
     stop = lengths if seqused_k is None else seqused_k
     if block_table is not None:
