@@ -20,6 +20,17 @@ def check_tensors(**tensors: object) -> None:
         validation.tensor_given(argument, value)
 
 
+def check_target(argument: str, target: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    """A tensor that a result is written into: of the result's shape, which is of q's dtype and on its device."""
+    validation.tensor_given(argument, target)
+    if tuple(target.shape) != shape:
+        validation.refuse(argument, f"of shape {shape}", tuple(target.shape))
+    if target.dtype != q.dtype:
+        validation.refuse(argument, f"of q's dtype, {q.dtype}", target.dtype, TypeError)
+    if target.device != q.device:
+        validation.refuse(argument, f"on q's device, {q.device}", target.device)
+
+
 def unpacked(argument: str, packed: Tensor, dims: str, parts: int) -> tuple[Tensor, ...]:
     """Views of q, k, v out of the packed tensor's third-last dimension."""
     validation.tensor(argument, packed, dims)
@@ -51,6 +62,32 @@ def length(argument: str, length: Any, total: int) -> int | torch.SymInt:
     if torch.compiler.is_compiling() and not isinstance(length, (int, torch.SymInt)) and hasattr(length, "tolist"):
         return total  # NumPy's numbers, too, are tensors there
     return validation.length(argument, length)
+
+
+def packing(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    block_table: Tensor | None,
+) -> tuple[Any, ...]:
+    """The ops' arguments about where packed sequences lie."""
+    check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if block_table is not None:
+        check_tensors(block_table=block_table)
+    rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
+    longest_q = length("max_seqlen_q", max_seqlen_q, q.shape[0])
+    return cu_seqlens_q, cu_seqlens_k, longest_q, length("max_seqlen_k", max_seqlen_k, rows_k), block_table
+
+
+def wants_probabilities(argument: str, asked: bool, options: Options, block_table: Tensor | None = None) -> bool:
+    """Is S_dmask to be computed? Only with dropout, and not of pages. argument: the one that asks for it."""
+    wanted = asked and options.dropout_p > 0.0
+    if wanted and block_table is not None:
+        validation.refuse(argument, "False with block_table and dropout_p > 0", True)
+    return wanted
 
 
 def options(

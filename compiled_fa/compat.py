@@ -5,7 +5,8 @@ Sources are read, not run: imports, what is called through them, and the argumen
     model.py:12: flash_attn.flash_attn_func: served
     model.py:40: flash_attn.modules.mha.MHA(dwconv=): refused: must be False: ...
 
-The exit code is 0 where all is served, if with a limit, 1 where something is refused, and 2 where nothing can be read.
+The exit code is 0 where all is served, if with a limit, 1 where something is refused, and 2 where nothing can be read
+or a path is not there.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def of_argument(dotted: str, argument: str, value: ast.expr | None) -> tuple[Ver
 
 
 def read(source: str, file: str) -> list[Finding]:
-    """What a file asks of flash_attn. Raises SyntaxError."""
+    """What a file asks of flash_attn. Raises SyntaxError or ValueError where it is not Python."""
     reader = _Reader(file)
     reader.visit(ast.parse(source, file))
     return sorted(set(reader.findings))
@@ -233,12 +234,17 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     findings: list[Finding] = []
     read_any = False
+    missing = [path for path in asked.path if not path.exists()]
+    for path in missing:
+        print(f"{path}: there is no such file or folder", file=sys.stderr)
+    if missing:
+        return 2
     for path in asked.path:
         for file in files_of(path):
             try:
                 findings += read(file.read_text(encoding="utf-8", errors="replace"), str(file))
                 read_any = True
-            except SyntaxError as error:
+            except (SyntaxError, ValueError) as error:  # up to Python 3.11 zero bytes are a ValueError
                 print(f"{file}: cannot be read: {error}", file=sys.stderr)
     if not read_any:
         print("compiled_fa.compat: there is no Python source that can be read", file=sys.stderr)

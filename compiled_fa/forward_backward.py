@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, engines, ops, validation
+from .padding import reads_values, running_sums
 from .probabilities import dense_probabilities, varlen_probabilities
 from .problem import Options
 
@@ -48,9 +49,9 @@ def _flash_attn_forward(
     arguments.check_tensors(q=q, k=k, v=v)
     window = (window_size_left, window_size_right)
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    drops = arguments.wants_probabilities("return_softmax", return_softmax, options)
     options = arguments.seeded(options, ops.check_dense, q, k, v)
     out, lse = ops.attention(q, k, v, *options, engines.requested())
-    drops = return_softmax and options.dropout_seed is not None
     return out, lse, dense_probabilities(q, k, lse, *options) if drops else q.new_empty(0), _rng_state(q, options)
 
 
@@ -84,8 +85,8 @@ def _flash_attn_backward(
     arguments.check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
     window = (window_size_left, window_size_right)
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
-    options = _given_seed(options, rng_state)
-    targets = _checked_targets((q, k, v), dq, dk, dv)
+    options = _given_seed(options, rng_state, q)
+    targets = _checked_targets((q, k, v), (dq, dk, dv))
     lse = softmax_lse.to(torch.promote_types(q.dtype, torch.float32))
     gradients = ops.attention_backward(dout, None, out, lse, q, k, v, *options, engines.requested())
     _write(targets, gradients)
@@ -131,12 +132,12 @@ def _flash_attn_varlen_forward(
     arguments.check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if leftpad_k is not None or seqused_k is not None:
         k, v, cu_seqlens_k = _keys_that_count(k, v, cu_seqlens_k, block_table, leftpad_k, seqused_k)
-    packing = _packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
+    packing = arguments.packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     window = (window_size_left, window_size_right)
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    drops = arguments.wants_probabilities("return_softmax", return_softmax, options, block_table)
     options = arguments.seeded(options, ops.check_packed, q, k, v, *packing)
     out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
-    drops = return_softmax and options.dropout_seed is not None
     probabilities = varlen_probabilities(q, k, lse, packing, *options) if drops else q.new_empty(0)
     return out, lse, probabilities, _rng_state(q, options)
 
@@ -168,12 +169,11 @@ def _flash_attn_varlen_backward(
 ) -> Tensor:
     """_flash_attn_backward of packed sequences; softmax_lse and what is returned are (H, Tq)."""
     arguments.check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
-    arguments.check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    packing = _packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
+    packing = arguments.packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     window = (window_size_left, window_size_right)
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
-    options = _given_seed(options, rng_state)
-    targets = _checked_targets((q, k, v), dq, dk, dv)
+    options = _given_seed(options, rng_state, q)
+    targets = _checked_targets((q, k, v), (dq, dk, dv))
     lse = softmax_lse.to(torch.promote_types(q.dtype, torch.float32))
     gradients = ops.varlen_attention_backward(dout, None, out, lse, q, k, v, *packing, *options, engines.requested())
     _write(targets, gradients)
@@ -187,20 +187,6 @@ def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: b
     this number. Here a row is one block.
     """
     return 1 << 30
-
-
-def _packing(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    block_table: Tensor | None,
-) -> tuple[Any, ...]:
-    rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
-    longest_q = arguments.length("max_seqlen_q", max_seqlen_q, q.shape[0])
-    return cu_seqlens_q, cu_seqlens_k, longest_q, arguments.length("max_seqlen_k", max_seqlen_k, rows_k), block_table
 
 
 def _keys_that_count(
@@ -221,23 +207,21 @@ def _keys_that_count(
             validation.refuse(argument, "of dtype int32", counts.dtype, TypeError)
         if counts.shape != lengths.shape:
             validation.refuse(argument, f"of one element a sequence, {lengths.shape[0]}", counts.shape[0])
-        if block_table is None and counts.device.type == "cpu" and ((counts < 0) | (counts > lengths)).any():
+        if block_table is None and reads_values(counts) and ((counts < 0) | (counts > lengths)).any():
             validation.refuse(argument, f"from 0 to the lengths of the sequences, {lengths.tolist()}", counts.tolist())
     stop = lengths if seqused_k is None else seqused_k
     if block_table is not None:
         if leftpad_k is not None:
             validation.refuse("leftpad_k", "None with block_table", "a tensor")
-        return k, v, _running_sums(stop)
+        return k, v, running_sums(stop)
     start = torch.zeros_like(stop) if leftpad_k is None else leftpad_k
     counts = (stop - start).clamp(min=0)
     first = cu_seqlens_k[:-1] + start
-    sums = _running_sums(counts)
-    rows = torch.arange(int(sums[-1]), device=k.device) + (first - sums[:-1]).repeat_interleave(counts)
+    sums = running_sums(counts)
+    total = int(sums[-1])
+    shift = (first - sums[:-1]).repeat_interleave(counts, output_size=total)  # which would wait for the total again
+    rows = torch.arange(total, device=k.device) + shift
     return k.index_select(0, rows), v.index_select(0, rows), sums
-
-
-def _running_sums(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _rng_state(q: Tensor, options: Options) -> Tensor:
@@ -245,28 +229,25 @@ def _rng_state(q: Tensor, options: Options) -> Tensor:
     return state if options.dropout_seed is None else torch.cat([options.dropout_seed, state[:1]])
 
 
-def _given_seed(options: Options, rng_state: Tensor | None) -> Options:
+def _given_seed(options: Options, rng_state: Tensor | None, q: Tensor) -> Options:
     if not options.dropout_p:
         return options
-    wanted = "what the forward gave as rng_state, int64 (2,), where dropout_p > 0"
+    wanted = f"what the forward gave as rng_state, int64 (2,) on {q.device}, where dropout_p > 0"
     if rng_state is None:
         validation.refuse("rng_state", wanted, None)
     arguments.check_tensors(rng_state=rng_state)
-    if rng_state.numel() != 2 or rng_state.dtype != torch.int64:
-        validation.refuse("rng_state", wanted, f"{rng_state.dtype} {tuple(rng_state.shape)}")
+    if rng_state.numel() != 2 or rng_state.dtype != torch.int64 or rng_state.device != q.device:
+        validation.refuse("rng_state", wanted, f"{rng_state.dtype} {tuple(rng_state.shape)} on {rng_state.device}")
     return options._replace(dropout_seed=rng_state.flatten()[:1])
 
 
 def _checked_targets(
-    inputs: tuple[Tensor, Tensor, Tensor], dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+    inputs: tuple[Tensor, Tensor, Tensor], targets: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    for argument, target, x in zip(("dq", "dk", "dv"), (dq, dk, dv), inputs, strict=True):
-        if target is None:
-            continue
-        arguments.check_tensors(**{argument: target})
-        if target.shape != x.shape:
-            validation.refuse(argument, f"of {argument[1:]}'s shape, {tuple(x.shape)}", tuple(target.shape))
-    return dq, dk, dv
+    for argument, target, x in zip(("dq", "dk", "dv"), targets, inputs, strict=True):
+        if target is not None:
+            arguments.check_target(argument, target, tuple(x.shape), inputs[0])
+    return targets
 
 
 def _write(targets: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> None:

@@ -75,13 +75,15 @@ def flash_attn_func(
     arguments.check_tensors(q=q, k=k, v=v)
     q, k, v = arguments.autocast(q, k, v)
     options = arguments.options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return_attn_probs = validation.flag("return_attn_probs", return_attn_probs)
+    drops = arguments.wants_probabilities("return_attn_probs", return_attn_probs, options)
     options = arguments.seeded(options, ops.check_dense, q, k, v)
     out: Tensor
     lse: Tensor
     out, lse = ops.attention(q, k, v, *options, engines.requested())
-    if not validation.flag("return_attn_probs", return_attn_probs):
+    if not return_attn_probs:
         return out
-    return out, lse, dense_probabilities(q, k, lse, *options) if options.dropout_seed is not None else None
+    return out, lse, dense_probabilities(q, k, lse, *options) if drops else None
 
 
 def flash_attn_kvpacked_func(
@@ -163,7 +165,7 @@ def flash_attn_varlen_func(
 
     Returns:
         out (Tq, H, Dv); with return_attn_probs (out, softmax_lse (H, Tq), S_dmask (B, H, max_seqlen_q, max_seqlen_k),
-        0 outside the sequences, or None without dropout).
+        0 outside the sequences, or None without dropout; not of pages).
 
     Raises: as flash_attn_func. The values of cu_seqlens are checked on a CPU, and elsewhere with COMPILED_FA_CHECK=1.
 
@@ -173,26 +175,19 @@ def flash_attn_varlen_func(
 
     Source: flash_attn.flash_attn_varlen_func.
     """
-    arguments.check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    if block_table is not None:
-        arguments.check_tensors(block_table=block_table)
+    arguments.check_tensors(q=q, k=k, v=v)
     q, k, v = arguments.autocast(q, k, v)
-    paged = block_table is not None
-    packing = (
-        cu_seqlens_q,
-        cu_seqlens_k,
-        arguments.length("max_seqlen_q", max_seqlen_q, q.shape[0]),
-        arguments.length("max_seqlen_k", max_seqlen_k, k.shape[0] * k.shape[1] if paged else k.shape[0]),
-        block_table,
-    )
+    packing = arguments.packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     options = arguments.options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return_attn_probs = validation.flag("return_attn_probs", return_attn_probs)
+    drops = arguments.wants_probabilities("return_attn_probs", return_attn_probs, options, block_table)
     options = arguments.seeded(options, ops.check_packed, q, k, v, *packing)
     out: Tensor
     lse: Tensor
     out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
-    if not validation.flag("return_attn_probs", return_attn_probs):
+    if not return_attn_probs:
         return out
-    return out, lse, varlen_probabilities(q, k, lse, packing, *options) if options.dropout_seed is not None else None
+    return out, lse, varlen_probabilities(q, k, lse, packing, *options) if drops else None
 
 
 def flash_attn_varlen_kvpacked_func(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import validation
+from . import config, validation
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def unpad_input(
         kept = used | (unused_mask != 0)
     lengths = kept.sum(-1, dtype=torch.int32)
     rows, indices = _packed(hidden_states, kept)
-    return rows, indices, _running_sums(lengths), _greatest(lengths), used.sum(-1, dtype=torch.int32)
+    return rows, indices, running_sums(lengths), _greatest(lengths), used.sum(-1, dtype=torch.int32)
 
 
 def unpad_input_for_concatenated_sequences(
@@ -84,7 +84,8 @@ def unpad_input_for_concatenated_sequences(
         (rows (T, ...), indices int64 (T,), cu_seqlens int32 (sequences + 1,), the greatest length).
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message names it.
+        ValueError, TypeError: an argument is wrong; the message names it. Lengths that sum to more than S are told on
+            a CPU, and elsewhere with COMPILED_FA_CHECK=1.
 
     Source: flash_attn.bert_padding.unpad_input_for_concatenated_sequences.
     """
@@ -92,7 +93,12 @@ def unpad_input_for_concatenated_sequences(
     places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     rows, indices = _packed(hidden_states, places < attention_mask_in_length.sum(-1, keepdim=True))
     lengths = attention_mask_in_length[attention_mask_in_length != 0]
-    return rows, indices, _running_sums(lengths), _greatest(lengths)
+    cu_seqlens = running_sums(lengths)
+    known = reads_values(cu_seqlens) and not torch.compiler.is_compiling()
+    if known and int(cu_seqlens[-1]) != rows.shape[0]:
+        sums = attention_mask_in_length.sum(-1).tolist()
+        validation.refuse("attention_mask_in_length", f"of sums from 0 to {hidden_states.shape[1]} in each row", sums)
+    return rows, indices, cu_seqlens, _greatest(lengths)
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
@@ -125,7 +131,13 @@ def _packed(hidden_states: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_states.flatten(0, 1).index_select(0, indices), indices
 
 
-def _running_sums(lengths: Tensor) -> Tensor:
+def reads_values(x: Tensor) -> bool:
+    """Are values checked that must be read to be told? On a CPU always, elsewhere (a host sync) as asked."""
+    return x.device.type == "cpu" or config.checks_values()
+
+
+def running_sums(lengths: Tensor) -> Tensor:
+    """cu_seqlens, int32 (B + 1,), of lengths (B,)."""
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 

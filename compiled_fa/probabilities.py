@@ -45,10 +45,11 @@ def dense_probabilities(q: Tensor, k: Tensor, lse: Tensor, *options: Any) -> Ten
 
 @torch.no_grad()
 def varlen_probabilities(q: Tensor, k: Tensor, lse: Tensor, packing: tuple[Any, ...], *options: Any) -> Tensor:
-    """flash_attn's S_dmask of a packed call with dropout: (B, H, max_seqlen_q, max_seqlen_k), 0 outside sequences."""
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table = packing
-    if block_table is not None:
-        raise ValueError("return_attn_probs must be False with block_table and dropout_p > 0, got True")
+    """flash_attn's S_dmask of a packed call with dropout: (B, H, max_seqlen_q, max_seqlen_k), 0 outside sequences.
+
+    Not of pages: arguments.wants_probabilities refuses them.
+    """
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _ = packing
 
     def padded(rows: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         places = cu_seqlens[:-1, None] + _indices(longest, rows.device)

@@ -250,6 +250,8 @@ REFUSED_PACKED = [
     ({"max_seqlen_k": torch.tensor(-1)}, ValueError, "max_seqlen_k must be at least 0, got -1"),
     ({"cu_seqlens_q": LENGTHS.numpy()}, TypeError, "cu_seqlens_q must be a tensor, got ndarray"),
     ({"block_table": np.zeros((2, 1), np.int32)}, TypeError, "block_table must be a tensor, got ndarray"),
+    ({"block_table": torch.zeros(2, 1, dtype=torch.int32), "return_attn_probs": True, "dropout_p": 0.5}, ValueError,
+     "return_attn_probs must be False with block_table and dropout_p > 0, got True"),
 ]  # fmt: skip
 
 
@@ -265,9 +267,11 @@ def test_refused(arguments, error, message):
 @pytest.mark.parametrize(("arguments", "error", "message"), REFUSED_PACKED)
 def test_refused_where_packed(arguments, error, message):
     good = {"cu_seqlens_q": LENGTHS, "cu_seqlens_k": LENGTHS, "max_seqlen_q": 3, "max_seqlen_k": 3}
+    before = torch.random.get_rng_state()
     with pytest.raises(error) as refusal:
         flash_attn_varlen_func(Q[0], Q[0], Q[0], **{**good, **arguments})
     assert message in str(refusal.value)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_number_with_a_tangent_is_refused():

@@ -1,12 +1,15 @@
 """python -m compiled_fa.compat: what sources ask of flash_attn, found and judged."""
 
+import ast
 import importlib
+import inspect
 import textwrap
 
 import pytest
 
 from compiled_fa import compat
 from compiled_fa.drop_in import limits, refused
+from tools import flash_attn_names
 
 
 def found(source):
@@ -123,7 +126,21 @@ def test_a_project_is_read_and_the_exit_code_says_whether_all_is_served(tmp_path
     assert "other.py:2: flash_attn.cute: refused: it is FlashAttention 4" in told.out
     assert "broken.py: cannot be read: " in told.err
     assert compat.main([str(tmp_path / "broken.py")]) == 2
+    capsys.readouterr()
     assert compat.main([str(tmp_path / "nowhere")]) == 2
+    assert f"{tmp_path}/nowhere: there is no such file or folder" in capsys.readouterr().err
+
+
+def test_a_path_that_is_not_there_is_not_passed_over(tmp_path, capsys):
+    (tmp_path / "a.py").write_text("import flash_attn\n")
+    assert compat.main([str(tmp_path / "a.py"), str(tmp_path / "b.py")]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}/b.py: there is no such file or folder\n"
+
+
+def test_a_file_with_zero_bytes_cannot_be_read(tmp_path, capsys):
+    (tmp_path / "a.py").write_bytes(b"import flash_attn\0\n")
+    assert compat.main([str(tmp_path)]) == 2
+    assert "a.py: cannot be read: " in capsys.readouterr().err
 
 
 def test_a_project_without_flash_attn(tmp_path, capsys):
@@ -138,6 +155,24 @@ def test_limits_are_of_names_and_arguments_that_there_are():
         assert set(arguments) <= set(compat._parameters(dotted) or ()), dotted
     for dotted in limits.NAMES:
         assert compat.of_name(dotted)[0] == compat.LIMITED, dotted
+
+
+def test_arguments_that_nothing_looks_at_are_told_of():
+    functions = [
+        (f"{module}.{name}", compat._parameters(f"{module}.{name}"), getattr(compat.offered(module), name))
+        for module in flash_attn_names.modules()
+        for name in flash_attn_names.offered(module)
+    ]
+    looked_into = 0
+    for dotted, parameters, thing in functions:
+        if parameters is None or dotted in limits.NAMES:
+            continue
+        source = textwrap.dedent(inspect.getsource(thing.__init__ if inspect.isclass(thing) else thing))
+        looked_at = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+        told = limits.ARGUMENTS.get(compat._canonical(dotted), {})
+        assert set(parameters) <= looked_at | set(told), dotted
+        looked_into += 1
+    assert looked_into > 50
 
 
 @pytest.mark.parametrize("dotted", [name for name, arguments in limits.ARGUMENTS.items()

@@ -184,7 +184,14 @@ def backward_with(**changed):
     [
         ({"dropout_p": 0.5}, ValueError, r"rng_state must be what the forward gave .*got None"),
         ({"dropout_p": 0.5, "rng_state": torch.zeros(2)}, ValueError, r"rng_state must be .*got torch.float32 \(2,\)"),
-        ({"dk": torch.empty(1, 4, 2, 9)}, ValueError, r"dk must be of k's shape, \(1, 4, 2, 8\), got \(1, 4, 2, 9\)"),
+        (
+            {"dropout_p": 0.5, "rng_state": torch.zeros(2, dtype=torch.int64, device="meta")},
+            ValueError,
+            r"rng_state must be .*on cpu, .*\(2,\) on meta",
+        ),
+        ({"dk": torch.empty(1, 4, 2, 9)}, ValueError, r"dk must be of shape \(1, 4, 2, 8\), got \(1, 4, 2, 9\)"),
+        ({"dk": torch.empty(1, 4, 2, 8, dtype=torch.int64)}, TypeError, "dk must be of q's dtype, torch.float32, got"),
+        ({"dq": torch.empty(1, 4, 2, 8, device="meta")}, ValueError, "dq must be on q's device, cpu, got meta"),
         ({"dq": 3}, TypeError, "dq must be a tensor, got int"),
         ({"out": torch.zeros(1, 4, 2, 8).half()}, TypeError, "out must be of q's dtype"),
     ],
@@ -196,13 +203,15 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(changed, error, words)
     assert (dv == 7.0).all()
 
 
-def test_the_extension_takes_no_generator_and_no_out_of_another_shape():
+def test_the_extension_takes_no_generator_and_no_out_of_another_kind():
     q = torch.randn(1, 4, 2, 8)
     options = (None, 0.0, 1.0, False, -1, -1, 0.0, False)
     with pytest.raises(ValueError, match="generator must be None"):
         extension.fwd(q, q, q, None, *options, torch.Generator())
     with pytest.raises(ValueError, match=r"out must be of shape \(1, 4, 2, 8\), got \(4, 2, 8\)"):
         extension.fwd(q, q, q, q[0], *options, None)
+    with pytest.raises(TypeError, match="out must be of q's dtype"):
+        extension.fwd(q, q, q, torch.zeros_like(q, dtype=torch.int32), *options, None)
 
 
 @pytest.mark.parametrize(("seqused", "words"), [([9, 1], "seqused_k must be from 0 to"), ([1], "of one element a seq")])

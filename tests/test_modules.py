@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from compiled_fa import flash_attn_func, rotary
-from compiled_fa.losses import CrossEntropyLoss
-from compiled_fa.modules import block, fused, gpt, mha, mlp
+from compiled_fa.losses import CrossEntropyLoss, cross_entropy_loss
+from compiled_fa.modules import activations, block, dense, gpt, mha, mlp, norms
 from compiled_fa.modules.embedding import GPT2Embeddings
 from compiled_fa.testing.naive import naive_attention
 
@@ -48,37 +48,37 @@ def test_norm_of_a_sum(dtype, rms, zero_centered):
     options = {"eps": 1e-5, "zero_centered_weight": zero_centered, "is_rms_norm": rms}
     tolerance = 4 * torch.finfo(dtype).eps
     total = x.double() * rows[..., None] + residual.double()
-    y, carried = fused.layer_norm_fn(x, w, b, residual=residual, rowscale=rows, prenorm=True, **options)
+    y, carried = norms.layer_norm_fn(x, w, b, residual=residual, rowscale=rows, prenorm=True, **options)
     assert y.dtype == carried.dtype == dtype
     assert ((carried.double() - total).abs() <= tolerance * total.abs().clamp(min=1)).all()
     wanted = normed(total, w, b)
     assert ((y.double() - wanted).abs() <= tolerance * wanted.abs().clamp(min=4)).all()
-    y, y1 = fused.layer_norm_fn(x, w, b, x1=other, weight1=w1, bias1=b1, out_dtype=torch.float64, **options)
+    y, y1 = norms.layer_norm_fn(x, w, b, x1=other, weight1=w1, bias1=b1, out_dtype=torch.float64, **options)
     for found, of in (
         (y, normed(x.double() + other.double(), w, b)),
         (y1, normed(x.double() + other.double(), w1, b1)),
     ):
         close(found, of, 1e-5)
-    assert fused.layer_norm_fn(x, w, b, prenorm=True, residual_in_fp32=True, **options)[1].dtype == torch.float32
+    assert norms.layer_norm_fn(x, w, b, prenorm=True, residual_in_fp32=True, **options)[1].dtype == torch.float32
 
 
 def test_norms_gradients_are_those_of_torch_nn():
     x, residual = (torch.randn(6, 16, requires_grad=True) for _ in range(2))
     norm = nn.LayerNorm(16)
     leaves = [x, residual, norm.weight, norm.bias]
-    found = fused.layer_norm_fn(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
+    found = norms.layer_norm_fn(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
     same_gradients(found, norm(x + residual), leaves)
-    same_gradients(fused.layer_norm(x, norm.weight, norm.bias, 1e-5), norm(x), [x, norm.weight, norm.bias])
-    rms = fused.RMSNorm(16)
+    same_gradients(norms.layer_norm(x, norm.weight, norm.bias, 1e-5), norm(x), [x, norm.weight, norm.bias])
+    rms = norms.RMSNorm(16)
     same_gradients(rms(x), F.rms_norm(x, (16,), rms.weight, rms.eps), [x, rms.weight])
-    same_gradients(fused.rms_norm(x, rms.weight, 1e-6), F.rms_norm(x, (16,), rms.weight, 1e-6), [x])
-    assert torch.equal(fused.rms_norm_fn(x, rms.weight, None, eps=1e-5), rms(x))
+    same_gradients(norms.rms_norm(x, rms.weight, 1e-6), F.rms_norm(x, (16,), rms.weight, 1e-6), [x])
+    assert torch.equal(norms.rms_norm_fn(x, rms.weight, None, eps=1e-5), rms(x))
     assert list(rms.state_dict()) == ["weight"]
 
 
 @pytest.mark.parametrize("rms", [False, True])
 def test_dropout_add_norm(rms):
-    function = fused.dropout_add_rms_norm if rms else fused.dropout_add_layer_norm
+    function = norms.dropout_add_rms_norm if rms else norms.dropout_add_layer_norm
     x, residual = torch.randn(2, 40, 16).unbind(0)
     weight, bias, layer, rows = torch.randn(16), torch.randn(16), torch.rand(16), torch.rand(40)
     y, total, mask = function(x, residual, weight, bias, 0.3, 1e-5, rows, layer, prenorm=True, return_dropout_mask=True)
@@ -87,7 +87,7 @@ def test_dropout_add_norm(rms):
     close(total, residual + x * mask / 0.7 * rows[:, None] * layer)
     normed = F.rms_norm(total, (16,), weight, 1e-5) + bias if rms else F.layer_norm(total, (16,), weight, bias, 1e-5)
     close(y, normed)
-    layers = {True: fused.DropoutAddRMSNorm, False: fused.DropoutAddLayerNorm}[rms](16, prenorm=True, p=0.3)
+    layers = {True: norms.DropoutAddRMSNorm, False: norms.DropoutAddLayerNorm}[rms](16, prenorm=True, p=0.3)
     assert list(layers.state_dict()) == (["weight"] if rms else ["weight", "bias"])
     y, total = layers.eval()(x, residual)
     assert torch.equal(total, x + residual)
@@ -99,12 +99,12 @@ def test_dropout_add_norm(rms):
 def test_dropout_before_a_norm_is_drawn_for_each_branch():
     x = torch.ones(50, 16)
     weight = torch.ones(16)
-    _, total, mask, mask1 = fused.rms_norm_fn(
+    _, total, mask, mask1 = norms.rms_norm_fn(
         x, weight, None, x1=x, dropout_p=0.5, prenorm=True, return_dropout_mask=True
     )
     assert not torch.equal(mask, mask1)
     assert torch.equal(total, 2.0 * mask + 2.0 * mask1)
-    assert fused.layer_norm_fn(x, weight, None, return_dropout_mask=True)[1:] == (None, None)
+    assert norms.layer_norm_fn(x, weight, None, return_dropout_mask=True)[1:] == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -120,32 +120,32 @@ def test_dropout_before_a_norm_is_drawn_for_each_branch():
 )
 def test_norms_refuse_what_they_do_not_do(changed, words):
     with pytest.raises(ValueError, match=words):
-        fused.layer_norm_fn(torch.ones(2, 4), torch.ones(4), None, **changed)
+        norms.layer_norm_fn(torch.ones(2, 4), torch.ones(4), None, **changed)
 
 
 def test_activations():
     x, y = torch.randn(2, 5, 16, requires_grad=True).unbind(0)
-    same_gradients(fused.swiglu(x, y), F.silu(x) * y, [x, y])
-    assert torch.equal(fused.gelu_fwd(x), F.gelu(x, approximate="tanh"))
-    assert torch.equal(fused.bias_gelu(x, y[0]), F.gelu(x + y[0], approximate="tanh"))
-    assert torch.equal(fused.sqrelu_fwd(x), F.relu(x) ** 2)
+    same_gradients(activations.swiglu(x, y), F.silu(x) * y, [x, y])
+    assert torch.equal(activations.gelu_fwd(x), F.gelu(x, approximate="tanh"))
+    assert torch.equal(activations.bias_gelu(x, y[0]), F.gelu(x + y[0], approximate="tanh"))
+    assert torch.equal(activations.sqrelu_fwd(x), F.relu(x) ** 2)
     wide = F.silu(x.double()) * y.double()
-    half = fused.swiglu(x.bfloat16().double().bfloat16(), y.bfloat16())
+    half = activations.swiglu(x.bfloat16().double().bfloat16(), y.bfloat16())
     assert half.dtype == torch.bfloat16
     close(half.double(), wide, 0.1)
 
 
-@pytest.mark.parametrize("activation", fused.ACTIVATIONS)
+@pytest.mark.parametrize("activation", dense.ACTIVATIONS)
 def test_products(activation):
     x = torch.randn(3, E, requires_grad=True)
     one, other = nn.Linear(E, 24), nn.Linear(24, E)
-    dense = fused.FusedDense(E, 24, return_residual=True)
-    dense.load_state_dict(one.state_dict())
-    found, same = dense(x)
+    linear = dense.FusedDense(E, 24, return_residual=True)
+    linear.load_state_dict(one.state_dict())
+    found, same = linear(x)
     assert same is x
     assert torch.equal(found, one(x))
-    assert torch.equal(fused.fused_dense_func(x, one.weight, one.bias), one(x))
-    layer = fused.FusedMLP(E, 24, activation=activation)
+    assert torch.equal(dense.fused_dense_func(x, one.weight, one.bias), one(x))
+    layer = dense.FusedMLP(E, 24, activation=activation)
     layer.load_state_dict({f"fc{n}.{k}": v for n, m in ((1, one), (2, other)) for k, v in m.state_dict().items()})
     wanted = {
         "gelu_approx": lambda x: F.gelu(x, approximate="tanh"),
@@ -158,9 +158,9 @@ def test_products(activation):
 
 def test_products_refuse_groups_and_unknown_activations():
     with pytest.raises(ValueError, match="process_group must be None: tensor parallelism"):
-        fused.fused_dense_func(torch.ones(2, 3), torch.ones(4, 3), process_group="group")
+        dense.fused_dense_func(torch.ones(2, 3), torch.ones(4, 3), process_group="group")
     with pytest.raises(ValueError, match=r"activation must be one of .*got 'tanh'"):
-        fused.FusedMLP(4, activation="tanh")
+        dense.FusedMLP(4, activation="tanh")
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -173,11 +173,11 @@ def test_cross_entropy(smoothing, scale):
     def plain():
         return F.cross_entropy(logits * scale, labels, reduction="none", **options)
 
-    found, z = fused.cross_entropy_loss(logits, labels, logit_scale=scale, **options)
+    found, z = cross_entropy_loss(logits, labels, logit_scale=scale, **options)
     same_gradients(found, plain(), [logits])
     assert (z == 0).all()
     penalty = 0.3 * torch.logsumexp(logits * scale, -1) ** 2 * (labels != -100)
-    found, z = fused.cross_entropy_loss(logits, labels, logit_scale=scale, lse_square_scale=0.3, **options)
+    found, z = cross_entropy_loss(logits, labels, logit_scale=scale, lse_square_scale=0.3, **options)
     same_gradients(found, plain() + penalty, [logits])
     penalty = penalty.detach()
     close(z, penalty)
@@ -191,7 +191,7 @@ def test_cross_entropy(smoothing, scale):
 
 def test_cross_entropy_of_half_precision_is_that_of_its_values():
     logits, labels = (4 * torch.randn(5, 100)).bfloat16(), torch.randint(100, (5,))
-    found = fused.cross_entropy_loss(logits, labels, precomputed_lse=torch.zeros(5))[0]
+    found = cross_entropy_loss(logits, labels, precomputed_lse=torch.zeros(5))[0]
     assert found.dtype == torch.float32
     close(found, F.cross_entropy(logits.float(), labels, reduction="none"))
 
@@ -201,9 +201,9 @@ def test_cross_entropy_of_half_precision_is_that_of_its_values():
     [
         (lambda: CrossEntropyLoss(reduction="max"), "reduction must be one of"),
         (lambda: CrossEntropyLoss(process_group=1), "process_group must be None"),
-        (lambda: fused.cross_entropy_loss(torch.ones(2, 3), torch.ones(3)), "labels must be of one element a row"),
+        (lambda: cross_entropy_loss(torch.ones(2, 3), torch.ones(3)), "labels must be of one element a row"),
         (
-            lambda: fused.cross_entropy_loss(torch.ones(2, 3), torch.ones(2), logit_scale=0.0),
+            lambda: cross_entropy_loss(torch.ones(2, 3), torch.ones(2), logit_scale=0.0),
             "logit_scale must be",
         ),
     ],
@@ -217,8 +217,8 @@ def test_everything_is_one_graph():
     x, weight = torch.randn(4, 16), torch.ones(16)
 
     def both(x):
-        y, residual = fused.layer_norm_fn(x, weight, weight, residual=x, prenorm=True)
-        return fused.cross_entropy_loss(fused.swiglu(y, residual), torch.zeros(4, dtype=torch.int64))[0]
+        y, residual = norms.layer_norm_fn(x, weight, weight, residual=x, prenorm=True)
+        return cross_entropy_loss(activations.swiglu(y, residual), torch.zeros(4, dtype=torch.int64))[0]
 
     close(torch.compile(both, backend="eager", fullgraph=True)(x), both(x))
 

@@ -79,6 +79,10 @@ def test_gradients_through_index_functions():
             r"attention_mask must .*\(2, 3\), got shape \(2, 4\)",
         ),
         (lambda x: padding.unpad_input(x, torch.ones(2, 3), torch.ones(3, 2)), r"unused_mask must be .*got shape"),
+        (
+            lambda x: padding.unpad_input_for_concatenated_sequences(x, torch.tensor([[2, 2, 0], [1, 0, 0]])),
+            r"attention_mask_in_length must be of sums from 0 to 3 in each row, got \[4, 1\]",
+        ),
         (lambda x: padding.unpad_input(x[0, 0], torch.ones(2, 3)), r"hidden_states must be of two dimensions"),
         (lambda x: padding.index_first_axis(x, torch.zeros(1, 1)), r"indices must be \(total\)"),
         (lambda x: padding.pad_input(x, torch.tensor([0]), 1, 9), r"indices must be of one element a row .*2, got 1"),

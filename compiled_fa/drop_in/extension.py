@@ -2,7 +2,8 @@
 
 xformers and TransformerEngine call it instead of the functions. `fwd` and `varlen_fwd` give (out, softmax_lse, S_dmask,
 rng_state), `bwd` and `varlen_bwd` (dq, dk, dv, softmax_d), `fwd_kvcache` (out, softmax_lse). Results are written into
-the tensors given for them, where there are any.
+the tensors given for them, where there are any. zero_tensors, deterministic and varlen_fwd's num_splits are accepted:
+nothing depends on them. generator must be None.
 
 Source: the bindings of flash_attn 2.7 and 2.8 (mha_fwd, mha_varlen_fwd, mha_bwd, mha_varlen_bwd, mha_fwd_kvcache).
 """
@@ -251,10 +252,8 @@ def _no_generator(generator: torch.Generator | None) -> None:
 
 def _check_out(out: Tensor | None, q: Tensor, v: Tensor) -> None:
     if out is not None:
-        arguments.check_tensors(out=out, q=q, v=v)
-        shape = (*q.shape[:-1], v.shape[-1])
-        if tuple(out.shape) != shape:
-            validation.refuse("out", f"of shape {shape}", tuple(out.shape))
+        arguments.check_tensors(q=q, v=v)
+        arguments.check_target("out", out, (*q.shape[:-1], v.shape[-1]), q)
 
 
 def _into(out: Tensor | None, found: Tensor, *others: Tensor) -> list[Tensor]:

@@ -1,5 +1,5 @@
-"""Losses, as modules."""
+"""Losses, as functions and modules."""
 
-from .cross_entropy import CrossEntropyLoss
+from .cross_entropy import CrossEntropyLoss, cross_entropy_loss
 
-__all__ = ["CrossEntropyLoss"]
+__all__ = ["CrossEntropyLoss", "cross_entropy_loss"]

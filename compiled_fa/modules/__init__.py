@@ -2,10 +2,13 @@
 
     mha.py         FlashSelfAttention, FlashCrossAttention, MHA
     mlp.py         Mlp, GatedMlp
+    dense.py       FusedDense, FusedMLP, and their functions
+    norms.py       layer norm and RMS norm of a sum with dropout: functions, RMSNorm, DropoutAddLayerNorm
+    activations.py swiglu, gelu_fwd, sqrelu_fwd, bias_gelu
     block.py       Block: attention and MLP with residuals
     embedding.py   GPT2Embeddings
     gpt.py         GPTModel, GPTLMHeadModel
-    fused.py       what flash_attn has other kernels for, as PyTorch ops
+    shared.py      what several of them need
 
-Layers over a process group are not among them.
+Cross entropy is in compiled_fa.losses. Layers over a process group are not among them.
 """

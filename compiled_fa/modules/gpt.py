@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import validation
+from .activations import sqrelu_fwd
 from .block import Block
 from .embedding import GPT2Embeddings
-from .fused import RMSNorm, refuse_group, sqrelu_fwd
 from .mha import MHA
 from .mlp import GatedMlp, Mlp
+from .norms import RMSNorm
+from .shared import refuse_group
 
 GATES = {"glu": F.sigmoid, "swiglu": F.silu, "geglu": F.gelu}
 TANH = ("gelu_new", "gelu_fast", "gelu_approx", "gelu_pytorch_tanh")
@@ -248,9 +250,7 @@ def _vocabulary(config: Any) -> int:
     return rounded
 
 
-def _init_weights(
-    module: nn.Module, n_layer: int, initializer_range: float = 0.02, rescale_prenorm_residual: bool = True
-) -> None:
+def _init_weights(module: nn.Module, n_layer: int, initializer_range: float) -> None:
     """GPT-2's: normal, and smaller by sqrt(2 · layers) where a layer adds to the residual."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=initializer_range)
@@ -258,7 +258,6 @@ def _init_weights(
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=initializer_range)
-    if rescale_prenorm_residual:
-        for name, parameter in module.named_parameters(recurse=True):
-            if name in ("out_proj.weight", "fc2.weight"):
-                nn.init.normal_(parameter, std=initializer_range / math.sqrt(2 * n_layer))
+    for name, parameter in module.named_parameters(recurse=True):
+        if name in ("out_proj.weight", "fc2.weight"):
+            nn.init.normal_(parameter, std=initializer_range / math.sqrt(2 * n_layer))

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import FusedMLP as FusedMLP
-from .fused import swiglu
+from .activations import swiglu
 
 
 class Mlp(nn.Module):

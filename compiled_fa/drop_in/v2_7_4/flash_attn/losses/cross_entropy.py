@@ -3,8 +3,6 @@
 from compiled_fa.drop_in.refused import names_of as _names_of
 from compiled_fa.losses import (
     CrossEntropyLoss,
-)
-from compiled_fa.modules.fused import (
     cross_entropy_loss,
 )
 

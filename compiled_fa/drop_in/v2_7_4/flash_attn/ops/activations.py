@@ -1,7 +1,7 @@
 """Activations."""
 
 from compiled_fa.drop_in.refused import names_of as _names_of
-from compiled_fa.modules.fused import (
+from compiled_fa.modules.activations import (
     bias_gelu,
     gelu_fwd,
     sqrelu_fwd,

@@ -1,7 +1,7 @@
 """Linear layers and MLPs."""
 
 from compiled_fa.drop_in.refused import names_of as _names_of
-from compiled_fa.modules.fused import (
+from compiled_fa.modules.dense import (
     FusedDense,
     FusedMLP,
     fused_dense_func,

@@ -3,8 +3,8 @@
 import torch
 
 from compiled_fa.drop_in.refused import names_of as _names_of
-from compiled_fa.modules.fused import DropoutAddRMSNorm, dropout_add_rms_norm, rms_norm
-from compiled_fa.modules.fused import RMSNorm as _RMSNorm
+from compiled_fa.modules.norms import DropoutAddRMSNorm, dropout_add_rms_norm, rms_norm
+from compiled_fa.modules.norms import RMSNorm as _RMSNorm
 
 __all__ = ["DropoutAddRMSNorm", "RMSNorm", "dropout_add_rms_norm", "rms_norm"]
 
@@ -12,7 +12,7 @@ __getattr__ = _names_of(__name__)
 
 
 class RMSNorm(_RMSNorm):
-    """compiled_fa.modules.fused.RMSNorm with fewer arguments."""
+    """compiled_fa.modules.norms.RMSNorm with fewer arguments."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Cross entropy of rows."""
 
 from compiled_fa.drop_in.refused import names_of as _names_of
-from compiled_fa.modules.fused import (
+from compiled_fa.losses import (
     cross_entropy_loss,
 )
 

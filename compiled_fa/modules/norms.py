@@ -1,15 +1,13 @@
-"""What flash_attn has kernels for beside attention: norms, activations, products, a loss. Here they are PyTorch ops.
+"""Layer norm and RMS norm, of a sum with dropout where that is asked for: PyTorch ops.
 
-torch.compile fuses them into one kernel each, or into their neighbours'; called eagerly they are several. Arithmetic of
-norms, activations and the loss is in fp32 (fp64 for fp64), and is rounded once.
+torch.compile fuses them into one kernel each, or into their neighbours'; called eagerly they are several. Arithmetic is
+in fp32 (fp64 for fp64), and is rounded once.
 
-Source: flash_attn 2.8's ops.triton.layer_norm, ops.layer_norm, ops.rms_norm, ops.activations, ops.fused_dense and
-ops.triton.cross_entropy.
+Source: flash_attn 2.8's ops.triton.layer_norm, ops.layer_norm and ops.rms_norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,19 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import validation
-
-
-def wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def refuse_group(argument: str, group: Any) -> None:
-    """For arguments of tensor parallelism."""
-    if group is not None:
-        validation.refuse(argument, "None: tensor parallelism is left to torch.distributed.tensor.parallel", group)
-
-
-# Norms
+from .shared import wide
 
 
 def layer_norm_fn(
@@ -351,178 +337,3 @@ def _dropout_add_norm(
     if return_dropout_mask:
         found.append(torch.ones_like(x0, dtype=torch.uint8) if mask is None else mask.to(torch.uint8))
     return found[0] if len(found) == 1 else tuple(found)
-
-
-# Activations
-
-
-def swiglu(x: Tensor, y: Tensor) -> Tensor:
-    """silu(x) · y. Source: flash_attn.ops.activations.swiglu."""
-    return (F.silu(wide(x)) * wide(y)).to(x.dtype)
-
-
-def sqrelu_fwd(x: Tensor) -> Tensor:
-    """relu(x)². Source: flash_attn.ops.activations.sqrelu_fwd."""
-    return F.relu(x).square()
-
-
-def gelu_fwd(x: Tensor) -> Tensor:
-    """gelu by tanh. Source: flash_attn.ops.activations.gelu_fwd."""
-    return F.gelu(x, approximate="tanh")
-
-
-def bias_gelu(y: Tensor, bias: Tensor) -> Tensor:
-    """gelu by tanh of y + bias, in y's dtype. Source: flash_attn.ops.activations.bias_gelu."""
-    return F.gelu(y + bias, approximate="tanh").to(y.dtype)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu_approx": gelu_fwd, "relu": F.relu, "sqrelu": sqrelu_fwd}
-
-
-# Products
-
-
-def fused_dense_func(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    return_residual: bool = False,
-    process_group: Any = None,
-    sequence_parallel: bool = True,
-) -> Any:
-    """x weightᵀ + bias; with return_residual (that, x). Source: flash_attn.ops.fused_dense.fused_dense_func."""
-    refuse_group("process_group", process_group)
-    out = F.linear(x, weight, bias)
-    return (out, x) if return_residual else out
-
-
-class FusedDense(nn.Linear):
-    """nn.Linear that may return its input, too. Source: flash_attn.ops.fused_dense.FusedDense."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        return_residual: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.return_residual = return_residual
-
-    def forward(self, x: Tensor, process_group: Any = None) -> Any:
-        return fused_dense_func(x, self.weight, self.bias, self.return_residual, process_group)
-
-
-def fused_mlp_func(
-    x: Tensor,
-    weight1: Tensor,
-    weight2: Tensor,
-    bias1: Tensor | None = None,
-    bias2: Tensor | None = None,
-    activation: str = "gelu_approx",
-    save_pre_act: bool = True,
-    return_residual: bool = False,
-    checkpoint_lvl: int = 0,
-    heuristic: int = 0,
-    process_group: Any = None,
-    sequence_parallel: bool = True,
-) -> Any:
-    """activation(x weight1ᵀ + bias1) weight2ᵀ + bias2; with return_residual (that, x).
-
-    activation: "gelu_approx", "relu" or "sqrelu". save_pre_act, checkpoint_lvl and heuristic are accepted; what is
-    saved for backward is autograd's and torch.compile's choice.
-
-    Source: flash_attn.ops.fused_dense.fused_mlp_func.
-    """
-    refuse_group("process_group", process_group)
-    _known_activation(activation)
-    out = F.linear(ACTIVATIONS[activation](F.linear(x, weight1, bias1)), weight2, bias2)
-    return (out, x) if return_residual else out
-
-
-class FusedMLP(nn.Module):
-    """fused_mlp_func with its parameters. State dict: fc1.weight, fc1.bias, fc2.weight, fc2.bias.
-
-    Source: flash_attn.ops.fused_dense.FusedMLP.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int | None = None,
-        out_features: int | None = None,
-        bias1: bool = True,
-        bias2: bool = True,
-        activation: str = "gelu_approx",
-        return_residual: bool = False,
-        checkpoint_lvl: int = 0,
-        heuristic: int | str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        _known_activation(activation)
-        hidden_features = hidden_features or in_features * 4
-        self.activation, self.return_residual = activation, return_residual
-        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias1, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias2, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor, process_group: Any = None) -> Any:
-        return fused_mlp_func(
-            x, self.fc1.weight, self.fc2.weight, self.fc1.bias, self.fc2.bias, self.activation,
-            return_residual=self.return_residual, process_group=process_group,
-        )  # fmt: skip
-
-
-def _known_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        validation.refuse("activation", f"one of {list(ACTIVATIONS)}", repr(activation))
-
-
-# Loss
-
-
-def cross_entropy_loss(
-    logits: Tensor,
-    labels: Tensor,
-    precomputed_lse: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    ignore_index: int = -100,
-    inplace_backward: bool = False,
-    process_group: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """Cross entropy of logit_scale · logits, with a penalty on the size of their lse.
-
-    Args:
-        logits: (rows, classes). labels: integers (rows,); those of ignore_index give 0.
-        precomputed_lse: (rows,), accepted: lse is computed from the logits all the same.
-        label_smoothing: the part of a label that all classes share.
-        logit_scale: above 0.
-        lse_square_scale: factor of the penalty, lse², also known as z-loss.
-        inplace_backward: accepted; logits are never written to.
-
-    Returns:
-        (losses, z_losses), fp32 (fp64 for fp64), (rows,): losses contain z_losses, which have no gradient.
-
-    Source: flash_attn.ops.triton.cross_entropy.cross_entropy_loss.
-    """
-    refuse_group("process_group", process_group)
-    validation.tensor("logits", logits, "rows, classes")
-    validation.tensor("labels", labels, "rows")
-    if labels.shape[0] != logits.shape[0]:
-        validation.refuse("labels", f"of one element a row of logits, {logits.shape[0]}", labels.shape[0])
-    if not logit_scale > 0.0:
-        validation.refuse("logit_scale", "above 0", logit_scale)
-    scaled, labels = wide(logits) * logit_scale, labels.long()
-    losses = F.cross_entropy(
-        scaled, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
-    if not lse_square_scale:
-        return losses, torch.zeros_like(losses)
-    penalty = lse_square_scale * torch.logsumexp(scaled, -1).square()
-    z_losses = torch.where(labels == ignore_index, 0.0, penalty)
-    return losses + z_losses, z_losses.detach()
