@@ -169,7 +169,7 @@ class CacheCall:
         cached = Cached(cu_seqlens_q, cu_seqlens_k, seqlen_q, max_seqlen_k, self.table, self.cache_leftpad)
         return Problem.of(self.q.flatten(0, 1), self.k_cache, self.v_cache, cached, *options)
 
-    @property
+    @functools.cached_property
     def _host_lengths(self) -> list[int]:
         new = self.seqlen_new
         return [seqlen + new - pad for seqlen, pad in zip(self.host_before, self.host_leftpad, strict=True)]

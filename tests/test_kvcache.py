@@ -290,10 +290,11 @@ def test_empty_batch_and_no_queries():
 
 @pytest.mark.parametrize("fields", [{}, {"batch_idx": True}, {"page_size": 16}], ids=["dense", "batch_idx", "paged"])
 @pytest.mark.parametrize("queries", [1, 4])
-def test_num_splits_1_gives_bits_that_do_not_depend_on_the_batch(fields, queries):
-    """Rows beside others that are longer, from where on keys are split otherwise, and alone."""
+@pytest.mark.parametrize("slopes", ["none", "batch"])
+def test_num_splits_1_gives_bits_that_do_not_depend_on_the_batch(fields, queries, slopes):
+    """Rows beside others that are longer, and alone, where another engine serves them if there are no slopes."""
     before = (70, 5, 40, 70)
-    call = Call(before, queries, queries, causal=True, num_splits=1, slopes="batch", heads_per_key=1, **fields)
+    call = Call(before, queries, queries, causal=True, num_splits=1, slopes=slopes, heads_per_key=1, **fields)
     made = kv.make(call)
     with pytest.MonkeyPatch.context() as patch:
         test_decode.shrink(patch)
@@ -540,6 +541,7 @@ BAD = [
     bad("alibi_slopes must be of shape (nheads,) = (4,) or (batch, nheads) = (2, 4), got (3,)",
         alibi_slopes=torch.zeros(3)),
     bad("causal must be a bool, got 'yes'", TypeError, causal="yes"),
+    bad("return_softmax_lse must be a bool, got 'yes'", TypeError, return_softmax_lse="yes"),
 ]  # fmt: skip
 
 
