@@ -83,6 +83,7 @@ def flash_attn_with_kvcache(
             or the table has no room, it is a RuntimeError as well, which flash_attn raises. Values of tensors are
             checked on a CPU, and elsewhere with COMPILED_FA_CHECK=1.
         RuntimeError: the engine asked for by name cannot serve this call.
+        NotImplementedError: an argument has a tangent (torch.func.jvp, dual tensors).
 
     Example:
         out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, causal=True)

@@ -307,6 +307,9 @@ def test_num_splits_1_gives_bits_that_do_not_depend_on_the_batch(fields, queries
                     some[name] = some[name][rows]
             if not fields:
                 some |= {name: some[name][rows] for name in ("k_cache", "v_cache")}
+            if "block_table" in some:  # no wider than these rows need
+                longest = max(before[row] + queries for row in rows)
+                some["block_table"] = some["block_table"][:, : -(-longest // call.page_size)]
             for one, other in zip(flash_attn_with_kvcache(**some), found, strict=True):
                 assert torch.equal(one, other[rows])
 
@@ -571,10 +574,14 @@ def test_an_engine_that_cannot_serve_leaves_the_cache_as_it_was():
 
 
 def test_what_nobody_uses_may_be_anything():
-    """A row's table behind its last page and before its first key's; two rows on one page that is only read."""
+    """A row's table behind its last page and before its first key's, and all of a row's without keys; two rows on one
+    page that is only read."""
     table = torch.tensor([[0, -7], [1, 10**6]], dtype=torch.int32)
     expected = flash_attn_with_kvcache(**small())
     assert torch.allclose(flash_attn_with_kvcache(**small(block_table=table)), expected, atol=1e-6)
+    one = {"q": torch.randn(1, 3, 4, 8), "k": None, "v": None}
+    for number, where in ((10**6, {"cache_seqlens": 0}), (-1, {"cache_seqlens": 12, "cache_leftpad": ints(12)})):
+        assert not flash_attn_with_kvcache(**small(**one, **where, **paged([number]))).any()
     shared = small(k=None, v=None, block_table=table[:1].expand(2, -1))
     assert flash_attn_with_kvcache(**shared).isfinite().all()
 
