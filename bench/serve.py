@@ -100,7 +100,8 @@ class Paged:
         self._k, self._v = (torch.zeros(shape, dtype=workload.dtype, device=device) for _ in range(2))
         order = list(range(shape[0]))
         random.Random(0).shuffle(order)
-        self._free, self._pages = deque(order), [[0] * 0 for _ in range(workload.rows)]
+        self._free = deque(order)
+        self._pages: list[list[int]] = [[] for _ in range(workload.rows)]
         self._table = torch.zeros(workload.rows, width, dtype=torch.int32, device=device)
         self._lengths = [0] * workload.rows
 

@@ -169,7 +169,7 @@ class CacheCall:
         cached = Cached(cu_seqlens_q, cu_seqlens_k, seqlen_q, max_seqlen_k, self.table, self.cache_leftpad)
         return Problem.of(self.q.flatten(0, 1), self.k_cache, self.v_cache, cached, *options)
 
-    @property
+    @functools.cached_property
     def _host_lengths(self) -> list[int]:
         new = self.seqlen_new
         return [seqlen + new - pad for seqlen, pad in zip(self.host_before, self.host_leftpad, strict=True)]
@@ -180,6 +180,8 @@ class CacheCall:
         if not batch or self.table.shape[1] != 1:
             return None
         (length, *lengths), (pad, *pads), (page, *pages) = self._host_lengths, self.host_leftpad, self.host_first_page
+        if not length:  # its page may be any number
+            return None
         consecutive = all(other == page + n for n, other in enumerate(pages, 1))
         if not consecutive or any(other != length for other in lengths) or any(other != pad for other in pads):
             return None
@@ -187,13 +189,19 @@ class CacheCall:
         return Problem.of(self.q, k, v, None, *options)
 
     def row(self, number: int) -> CacheCall:
-        """One row of the batch as a call of its own, after `append`, and after `rotated`."""
+        """One row of the batch as a call of its own, after `append`, and after `rotated`.
+
+        Its table is as wide as it needs; a batch's is as wide as its longest row needs.
+        """
         some = slice(number, number + 1)
 
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[some]
 
-        table = of(self.block_table)
+        table = self.block_table
+        if table is not None:
+            pages = -(-(self.host_before[number] + self.seqlen_new) // self.page_size)
+            table = table[some, : max(1, pages)]
         index = self.table[some, 0] if table is None else None
         lengths = self.before[some] + self.seqlen_new
         nothing = None, None, None, None

@@ -70,12 +70,13 @@ def rotary(
     seqlen_offsets: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    names: tuple[str, str] = ("cos", "sin"),
 ) -> None:
-    """Arguments of apply_rotary_emb. argument: the name of x, or of what it is a part of."""
+    """Arguments of apply_rotary_emb. argument: the name of x, or of what it is a part of. names: of cos and sin."""
     tensor(argument, x, "batch, seqlen, nheads, head_dim" if cu_seqlens is None else "total, nheads, head_dim")
     if x.dtype not in DTYPES:
         refuse(argument, "float16, bfloat16, float32 or float64", x.dtype, TypeError)
-    rotary_table(cos, sin, x.shape[-1], x.device, ("cos", "sin"))
+    rotary_table(cos, sin, x.shape[-1], x.device, names)
     if cu_seqlens is not None:
         _integers("cu_seqlens", cu_seqlens, x.device, "batch + 1")
         if cu_seqlens.shape[0] < 2:
@@ -90,16 +91,18 @@ def rotary(
         if first < 0:
             refuse("seqlen_offsets", "at least 0", first)
         if cu_seqlens is None:
-            _positions(first + x.shape[1], cos.shape[0])
+            _positions(first + x.shape[1], cos.shape[0], names[0])
         elif max_seqlen is not None:
-            _positions(first + length("max_seqlen", max_seqlen), cos.shape[0])
-    _rotary_values(x, cos.shape[0], seqlen_offsets, cu_seqlens)
+            _positions(first + length("max_seqlen", max_seqlen), cos.shape[0], names[0])
+    wanted = _rotary_values(x, seqlen_offsets, cu_seqlens, max_seqlen)
+    _positions(wanted, cos.shape[0], names[0])
 
 
-def _rotary_values(x: Tensor, rows: int, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None) -> None:
+def _rotary_values(x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
+    """-> positions that tables must have, as far as values tell; 0 where none may be read."""
     given = [of for of in (seqlen_offsets, cu_seqlens) if isinstance(of, Tensor)]
     if not given or not readable(*given):
-        return
+        return 0
     batch = x.shape[0]
     lengths = torch.full((batch,), x.shape[1]) if cu_seqlens is None else cu_seqlens.cpu().diff()
     if cu_seqlens is not None:
@@ -107,16 +110,18 @@ def _rotary_values(x: Tensor, rows: int, seqlen_offsets: int | Tensor, cu_seqlen
         if first != 0 or last != x.shape[0] or int(lengths.min()) < 0:
             wanted = f"running sums of lengths, from 0 to x's total, {x.shape[0]}"
             refuse("cu_seqlens", wanted, cu_seqlens.tolist() if len(lengths) < 20 else f"{first} to {last}")
+        longest = int(lengths.max())
+        if max_seqlen is not None and longest > (bound := length("max_seqlen", max_seqlen)):
+            refuse("max_seqlen", f"at least the longest length in cu_seqlens, {longest}", bound)
     offsets = seqlen_offsets.cpu() if isinstance(seqlen_offsets, Tensor) else torch.tensor([seqlen_offsets])
     if not lengths.numel():
-        return
+        return 0
     if int(offsets.min()) < 0:
         refuse("seqlen_offsets", "at least 0", int(offsets.min()))
-    ends = torch.where(lengths > 0, lengths + offsets, 0)
-    _positions(int(ends.max()), rows)
+    return int(torch.where(lengths > 0, lengths + offsets, 0).max())
 
 
-def _positions(wanted: int | torch.SymInt, rows: int, argument: str = "cos") -> None:
+def _positions(wanted: int | torch.SymInt, rows: int, argument: str) -> None:
     if wanted > rows:
         refuse(argument, f"of a row for each of {wanted} positions", f"{rows} rows")
 
@@ -131,10 +136,11 @@ def queries_and_keys(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tens
     tensor("qkv", qkv, "batch, seqlen, num_heads_q + 2 * num_heads_k, head_dim")
     if num_heads_q is None:
         refuse("num_heads_q", "given where qkv has 4 dimensions", None)
-    others = qkv.shape[2] - num_heads_q
-    if num_heads_q < 1 or others < 2 or others % 2:
-        refuse("num_heads_q", f"the heads of q among qkv's {qkv.shape[2]}, those of k and v the rest", num_heads_q)
-    return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + others // 2]
+    nheads = length("num_heads_q", num_heads_q)
+    others = qkv.shape[2] - nheads
+    if nheads < 1 or others < 2 or others % 2:
+        refuse("num_heads_q", f"the heads of q among qkv's {qkv.shape[2]}, those of k and v the rest", nheads)
+    return qkv[:, :, :nheads], qkv[:, :, nheads : nheads + others // 2]
 
 
 def keys_and_values(kv: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from . import cache_ops, engines, forward_mode, validation
+from . import arguments, cache_ops, engines, forward_mode, validation
 from .interface import Result
 
 
@@ -42,7 +42,8 @@ def flash_attn_with_kvcache(
 
     Row b of the batch has the keys cache_leftpad[b] to cache_seqlens[b] of its row of the cache, or of its pages, and
     the Sn new ones, which are written behind these. Causal and window are aligned to the bottom right, as in
-    flash_attn_func: the last query stands at the last key. Time grows with the keys that there are, not with the cache.
+    flash_attn_func: the last query stands at the last key. On a CPU time grows with the keys that there are, not with
+    the cache.
 
     Forward only: the result has no gradient.
 
@@ -69,8 +70,8 @@ def flash_attn_with_kvcache(
         softcap: c > 0: scores become c · tanh(score / c). 0 or None: off.
         rotary_interleaved: pair elements 0 and 1, 2 and 3, ... (GPT-J); else element j with j + R / 2 (GPT-NeoX).
         alibi_slopes: fp32 (H,) or (B, H): scores lose slope · |position - key|.
-        num_splits: 1: the bits of a row's result do not depend on the rows beside it. Else engines split keys as they
-            find best.
+        num_splits: 1: on a CPU the bits of a row's result do not depend on the rows beside it. Else engines split keys
+            as they find best.
         return_softmax_lse: return lse, too.
 
     Returns:
@@ -82,6 +83,7 @@ def flash_attn_with_kvcache(
             or the table has no room, it is a RuntimeError as well, which flash_attn raises. Values of tensors are
             checked on a CPU, and elsewhere with COMPILED_FA_CHECK=1.
         RuntimeError: the engine asked for by name cannot serve this call.
+        NotImplementedError: an argument has a tangent (torch.func.jvp, dual tensors).
 
     Example:
         out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, causal=True)
@@ -89,8 +91,7 @@ def flash_attn_with_kvcache(
 
     Source: flash_attn.flash_attn_with_kvcache; Flash-Decoding (Dao, Haziza, Massa and Sizov 2023).
     """
-    for argument, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        validation.tensor_given(argument, value)
+    arguments.check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     optional = {
         "k": k,
         "v": v,
@@ -99,18 +100,14 @@ def flash_attn_with_kvcache(
         "cache_batch_idx": cache_batch_idx,
         "cache_leftpad": cache_leftpad,
         "block_table": block_table,
-        "alibi_slopes": alibi_slopes,
     }
-    for argument, given in optional.items():
-        if given is not None:
-            validation.tensor_given(argument, given)
+    arguments.check_tensors(**{argument: given for argument, given in optional.items() if given is not None})
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         seqlen = cast(int, validation.length("cache_seqlens", cache_seqlens))  # or a symbol of one
         cache_seqlens = torch.full(q.shape[:1], seqlen, dtype=torch.int32, device=q.device)
-    left, right = cast("tuple[int, int]", validation.window_size(window_size))
-    scale = None if softmax_scale is None else validation.number("softmax_scale", softmax_scale)
-    cap = 0.0 if softcap is None else validation.number("softcap", softcap)
-    scores = scale, validation.flag("causal", causal), left, right, cap, alibi_slopes
+    options = arguments.options(None, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    scores = options[: cache_ops.SCORES]  # there is no dropout
+    returns_lse = validation.flag("return_softmax_lse", return_softmax_lse)
     interleaved = validation.flag("rotary_interleaved", rotary_interleaved)
     how = interleaved, validation.length("num_splits", num_splits), engines.requested()
     forward_mode.refuse_tangents("flash_attn_with_kvcache", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -118,7 +115,7 @@ def flash_attn_with_kvcache(
     tables = rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
     with torch.no_grad():  # else the cache would be a result of all that was ever written to it
         out, lse = cache_ops.attention_with_kvcache(q, k_cache, v_cache, k, v, *tables, *scores, *how)
-    return (out, lse) if validation.flag("return_softmax_lse", return_softmax_lse) else out
+    return (out, lse) if returns_lse else out
 
 
 Given = TypeVar("Given", Tensor, Tensor | None)

@@ -79,7 +79,7 @@ def apply_rotary_emb(
             autograd, as flash_attn does: the gradient goes through what is returned, a copy.
         seqlen_offsets: position of each sequence's first token: an int, or integers (B,).
         cu_seqlens: int32 (B + 1,), running sums of the lengths of packed sequences, from 0 to T.
-        max_seqlen: upper bound of these lengths; not needed.
+        max_seqlen: upper bound of these lengths; not needed. One that is too small is refused.
 
     Returns:
         As x.
@@ -127,9 +127,10 @@ def apply_rotary_emb_qkv_(
     q, k = validation.queries_and_keys(qkv, num_heads_q)
     if (cos_k is None) != (sin_k is None):
         validation.refuse("sin_k" if sin_k is None else "cos_k", "given where the other is", None)
+    validation.rotary("qkv", q, cos, sin, seqlen_offsets)
     tables = (cos, sin), (cos, sin) if cos_k is None or sin_k is None else (cos_k, sin_k)
-    for x, table in zip((q, k), tables, strict=True):
-        validation.rotary("qkv", x, *table, seqlen_offsets)
+    names = ("cos", "sin") if cos_k is None else ("cos_k", "sin_k")
+    validation.rotary("qkv", k, *tables[1], seqlen_offsets, names=names)
 
     def turn(qkv: Tensor) -> None:
         for x, table in zip(validation.queries_and_keys(qkv, num_heads_q), tables, strict=True):

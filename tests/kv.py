@@ -67,7 +67,7 @@ class Call:
     def case(self) -> Case:
         names = {field.name for field in fields(Case)} & {field.name for field in fields(Call)} - {"page_size"}
         lengths = tuple((self.queries, n) for n in self.lengths)
-        return Case(lengths, **{name: getattr(self, name) for name in names - {"lengths"}})
+        return Case(lengths, **{name: getattr(self, name) for name in names})
 
 
 def laid_out(x: Tensor, strides: str) -> Tensor:

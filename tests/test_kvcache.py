@@ -290,10 +290,11 @@ def test_empty_batch_and_no_queries():
 
 @pytest.mark.parametrize("fields", [{}, {"batch_idx": True}, {"page_size": 16}], ids=["dense", "batch_idx", "paged"])
 @pytest.mark.parametrize("queries", [1, 4])
-def test_num_splits_1_gives_bits_that_do_not_depend_on_the_batch(fields, queries):
-    """Rows beside others that are longer, from where on keys are split otherwise, and alone."""
+@pytest.mark.parametrize("slopes", ["none", "batch"])
+def test_num_splits_1_gives_bits_that_do_not_depend_on_the_batch(fields, queries, slopes):
+    """Rows beside others that are longer, and alone, where another engine serves them if there are no slopes."""
     before = (70, 5, 40, 70)
-    call = Call(before, queries, queries, causal=True, num_splits=1, slopes="batch", heads_per_key=1, **fields)
+    call = Call(before, queries, queries, causal=True, num_splits=1, slopes=slopes, heads_per_key=1, **fields)
     made = kv.make(call)
     with pytest.MonkeyPatch.context() as patch:
         test_decode.shrink(patch)
@@ -306,6 +307,9 @@ def test_num_splits_1_gives_bits_that_do_not_depend_on_the_batch(fields, queries
                     some[name] = some[name][rows]
             if not fields:
                 some |= {name: some[name][rows] for name in ("k_cache", "v_cache")}
+            if "block_table" in some:  # no wider than these rows need
+                longest = max(before[row] + queries for row in rows)
+                some["block_table"] = some["block_table"][:, : -(-longest // call.page_size)]
             for one, other in zip(flash_attn_with_kvcache(**some), found, strict=True):
                 assert torch.equal(one, other[rows])
 
@@ -540,6 +544,7 @@ BAD = [
     bad("alibi_slopes must be of shape (nheads,) = (4,) or (batch, nheads) = (2, 4), got (3,)",
         alibi_slopes=torch.zeros(3)),
     bad("causal must be a bool, got 'yes'", TypeError, causal="yes"),
+    bad("return_softmax_lse must be a bool, got 'yes'", TypeError, return_softmax_lse="yes"),
 ]  # fmt: skip
 
 
@@ -569,10 +574,14 @@ def test_an_engine_that_cannot_serve_leaves_the_cache_as_it_was():
 
 
 def test_what_nobody_uses_may_be_anything():
-    """A row's table behind its last page and before its first key's; two rows on one page that is only read."""
+    """A row's table behind its last page and before its first key's, and all of a row's without keys; two rows on one
+    page that is only read."""
     table = torch.tensor([[0, -7], [1, 10**6]], dtype=torch.int32)
     expected = flash_attn_with_kvcache(**small())
     assert torch.allclose(flash_attn_with_kvcache(**small(block_table=table)), expected, atol=1e-6)
+    one = {"q": torch.randn(1, 3, 4, 8), "k": None, "v": None}
+    for number, where in ((10**6, {"cache_seqlens": 0}), (-1, {"cache_seqlens": 12, "cache_leftpad": ints(12)})):
+        assert not flash_attn_with_kvcache(**small(**one, **where, **paged([number]))).any()
     shared = small(k=None, v=None, block_table=table[:1].expand(2, -1))
     assert flash_attn_with_kvcache(**shared).isfinite().all()
 

@@ -342,6 +342,12 @@ PACKED = X.flatten(0, 1)
             ValueError,
             "cos must be of a row for each of 10 positions, got 9 rows",
         ),
+        (
+            PACKED,
+            {"cu_seqlens": cumulative([2, 4]), "max_seqlen": 3},
+            ValueError,
+            "max_seqlen must be at least the longest length in cu_seqlens, 4, got 3",
+        ),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_written(x, options, error, message):
@@ -366,6 +372,14 @@ def test_wrong_arguments_are_named_before_anything_is_written(x, options, error,
             lambda: apply_rotary_emb_qkv_(torch.zeros(1, 2, 3, 1, 4), COS, COS, COS),
             "sin_k must be given where the other is, got None",
         ),
+        (
+            lambda: apply_rotary_emb_qkv_(torch.zeros(1, 2, 3, 1, 4), COS, COS, COS[:1], COS[:1]),
+            "cos_k must be of a row for each of 2 positions, got 1 rows",
+        ),
+        (
+            lambda: apply_rotary_emb_qkv_(torch.zeros(1, 2, 3, 1, 4), COS, COS, COS, COS[:, :1]),
+            "sin_k must be of cos_k's shape, (9, 2), got (9, 1)",
+        ),
         (lambda: apply_rotary_emb_kv_(torch.zeros(1, 2, 3, 1, 4), COS, COS), "kv must be (batch, seqlen, 2, nheads"),
         (lambda: RotaryEmbedding(5), "dim must be an even number of elements, got 5"),
     ],
@@ -374,6 +388,11 @@ def test_other_wrong_arguments(call, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         call()
     assert str(raised.value).startswith(message)
+
+
+def test_num_heads_q_is_a_number():
+    with pytest.raises(TypeError, match="num_heads_q must be an int"):
+        apply_rotary_emb_qkv_(torch.zeros(1, 2, 4, 4), COS, COS, num_heads_q="2")  # type: ignore[arg-type]
 
 
 @settings(max_examples=20)

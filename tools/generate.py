@@ -97,7 +97,7 @@ def step(
 
 @dataclass(frozen=True)
 class Options:
-    """length: bytes to write. way: one of WAYS."""
+    """length: bytes to write. page_size: of the paged cache. compiled: each step as one graph."""
 
     length: int
     temperature: float
