@@ -1,9 +1,10 @@
 """What outlives a call, all of it: each cache is bounded, and forgets what was not used for longest.
 
-    compiled steps, compiled kernels      machine code, by what is fixed in it
-    plans, block tables, score numbers    tensors that calls of one shape share
-    groupings                             which packed sequences run side by side
+    compiled code                         by what is fixed in it
+    checked calls, routes                 of dense calls, by all that is not in their tensors
+    plans, tables, numbers on devices     tensors that calls of one shape share
     packed tables                         tensors that calls with the same cu_seqlens share
+    groupings                             which packed sequences run side by side
     scratch                               a thread's tiles
 
 What is kept is made outside of inference mode, whoever asks for it first: an inference tensor could not be written to,

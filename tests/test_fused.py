@@ -508,6 +508,12 @@ def test_serving_by_second_choice_is_said_once(monkeypatch, caplog):
     assert "tiled engine serves on meta, not fused: it needs a CUDA device" in caplog.text
 
 
+def test_an_amd_gpu_is_for_tiles(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(attention, "capability_of", lambda device: (9, 0))  # as PyTorch says of a gfx906
+    assert "this is AMD's" in (fused.unsupported_reason(torch.device("cuda")) or "")
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(attention, "capability_of", lambda device: (8, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -23,7 +23,7 @@ _GROUP = Limit("must be None: tensor parallelism is left to torch.distributed.te
 _PAGES = Limit("forward only: pages have no gradient")
 _DETERMINISTIC = Limit("accepted: results always are", harmless=False)
 _FUSION = Limit("accepted: torch.compile fuses", harmless=False)
-_HINT = Limit("a hint; 1 keeps a row's bits from depending on the rows beside it", harmless=0)
+_HINT = Limit("a hint; on a CPU 1 keeps a row's bits from depending on the rows beside it", harmless=0)
 _OUT = Limit("must be None: results are new tensors", True)
 _SAVED = Limit("accepted: what is saved for backward is autograd's choice", harmless=0)
 _UNWRITTEN = Limit("accepted: logits are never written to", harmless=False)

@@ -35,7 +35,7 @@ _TURING_FP16: dict[tuple[str, int, str], FlexOptions] = {
     ("forward", 128, "many"): _forward(64, 32, 4, 1),  # 255, 2, 74 %
     ("forward", 256, "dense"): _forward(64, 32, 4, 2),  # 255, 1, 100 %; 10 spills with GQA
     ("forward", 256, "packed"): _forward(64, 16, 4, 1),  # 255, 1, 65 %
-    ("forward", 256, "many"): _forward(64, 16, 4, 1),  # 255, 1, 64 %; 66 spills
+    ("forward", 256, "many"): _forward(64, 16, 4, 1),  # 255, 1, 64 %; spills
     ("backward", 32, "dense"): _backward(16, 128, 128, 16, 4, 2),  # 222, 2, 100 %
     ("backward", 32, "packed"): _backward(16, 128, 128, 16, 4, 2),  # 254, 2, 92 %
     ("backward", 32, "many"): _backward(32, 64, 64, 32, 4, 2),  # 218, 2, 34 %

@@ -34,6 +34,10 @@ def unsupported_reason(
     """Why this engine cannot serve a device, or a call on it; None: it can."""
     if device.type != "cuda":
         return f"it needs a CUDA device, and this is {device.type}"
+    if (
+        torch.version.hip is not None
+    ):  # where PyTorch calls devices cuda, and gives them capabilities of another meaning
+        return "its tiles are for NVIDIA's GPUs, and this is AMD's"
     capability = capability_of(device)
     if (missing := _missing(capability)) is not None:
         return missing
