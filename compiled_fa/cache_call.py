@@ -27,6 +27,14 @@ _of_tensors = TensorCache[Tensor]("of cache lengths", 64, 4 << 20, lambda x: x.n
 _of_numbers: Cache[object, Tensor] = Cache("of cache sizes", entries=64)
 
 
+def equal_lengths(length: int, batch: int, device: torch.device) -> Tensor:
+    """int32 (batch,), for all layers the same tensor where such are kept."""
+    make = functools.partial(torch.full, (batch,), length, dtype=torch.int32, device=device)
+    if torch.compiler.is_compiling() or not is_kept(device) or (stream := stream_of(device)) is None:
+        return make()
+    return _of_numbers.get(("length", length, batch, device, stream), make)
+
+
 def is_kept(device: torch.device) -> bool:
     """On a CPU to make it anew costs as little; and there NumPy may write to a tensor without a word."""
     return device.type != "cpu"

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from . import arguments, cache_ops, engines, forward_mode, validation
+from . import arguments, cache_call, cache_ops, engines, forward_mode, validation
 from .interface import Result
 
 
@@ -103,7 +103,7 @@ def flash_attn_with_kvcache(
     arguments.check_tensors(**{argument: given for argument, given in optional.items() if given is not None})
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         seqlen = cast(int, validation.length("cache_seqlens", cache_seqlens))  # or a symbol of one
-        cache_seqlens = torch.full(q.shape[:1], seqlen, dtype=torch.int32, device=q.device)
+        cache_seqlens = cache_call.equal_lengths(seqlen, q.shape[0], q.device)
     options = arguments.options(None, softmax_scale, causal, window_size, softcap, alibi_slopes)
     scores = options[: cache_ops.SCORES]  # there is no dropout
     returns_lse = validation.flag("return_softmax_lse", return_softmax_lse)

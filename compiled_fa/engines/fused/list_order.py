@@ -8,6 +8,10 @@ It is torch's own but for two lines of the loop over blocks of keys:
 - Values of keys that no query weighs count as 0. What lies behind a sequence's last key may be NaN, which a
   probability of 0 does not undo.
 
+torch's template for few queries, flex_decoding, would want the same two lines. It is made for one batch size, for
+groups of query heads that are powers of two, and divides its splits by the rows of memory, not those of a sequence, as
+soon as there are tiles without a mask; in splits that are batches of this one nothing is fixed but the heads.
+
 Graphs ask for it by an option of the kernel, `LIST_ORDER`; all others get torch's.
 
 Private API: torch._inductor.kernel.flex.flex_attention, its template and grid, and TritonTemplate. Tried with torch
