@@ -29,7 +29,7 @@ LAYERS = [
     {"arguments", "padding"},
     {"interface", "forward_backward"},
     {"kvcache"},
-    {"modules", "scaled_dot_product"},
+    {"modules", "scaled_dot_product", "xformers_api"},
     {"losses"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
