@@ -19,6 +19,7 @@ PROGRAMS = sorted((HERE / "clients").glob("*.py"))
 # What each needs, and Python's options.
 NEEDS: dict[str, tuple[list[str], list[str]]] = {
     "diffusers_flash": (["diffusers"], []),
+    "kernels_layout": (["kernels", "transformers"], []),
     "x_transformers_flash": (["x_transformers"], ["-O"]),
     "xformers_operator": (["xformers"], []),
 }
@@ -33,7 +34,8 @@ def test_client_is_right(program):
     packages, options = NEEDS[program.stem]
     if missing := [name for name in packages if find_spec(name) is None]:
         pytest.skip(f"there is no {missing[0]}")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, *options, "-m", "compiled_fa.run", str(program)]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # The function that each example is about.
 FUNCTIONS = {
+    "kernel_from_a_folder": "flash_attn_func",
     "leaving_xformers": "flash_attn_varlen_func",
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
     "paged_decoding": "flash_attn_with_kvcache",

@@ -65,7 +65,7 @@ class AttentionBias:
 
     def visible(self, seqlen_q: int, seqlen_k: int, device: Device = "cpu") -> Tensor:
         """bool (seqlen_q, seqlen_k): the mask written out, for tests."""
-        return self.band.visible(seqlen_q, seqlen_k, device or "cpu")
+        return self.band.visible(seqlen_q, seqlen_k, device)
 
     def materialize(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Tensor:
         """What would be added to scores of this shape, (..., M, N): 0 where a key is seen, -inf elsewhere."""
@@ -164,7 +164,7 @@ class _Blocks(AttentionBias):
             validation.refuse("shape", f"(..., {wanted[0]}, {wanted[1]}), this mask's", (seqlen_q, seqlen_k))
         seen = torch.zeros(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
         for (q, end_q), (k, end_k) in zip(self.q_seqinfo.intervals(), self.k_seqinfo.intervals(), strict=True):
-            seen[q:end_q, k:end_k] = self.band.visible(end_q - q, end_k - k, device or "cpu")
+            seen[q:end_q, k:end_k] = self.band.visible(end_q - q, end_k - k, device)
         return seen
 
 
@@ -472,7 +472,7 @@ class PagedBlockDiagonalPaddedKeysMask(AttentionBias):
             self.block_tables.tolist(), self.q_seqinfo.intervals(), self.k_seqinfo.seqlen_py, strict=True
         ):
             rows = [table[key // self.page_size] * self.page_size + key % self.page_size for key in range(length)]
-            seen[q:end_q, rows] = self.band.visible(end_q - q, length, device or "cpu")
+            seen[q:end_q, rows] = self.band.visible(end_q - q, length, device)
         return seen
 
 

@@ -28,7 +28,7 @@ class Band(NamedTuple):
     right: int = -1
     top_left: bool = False
 
-    def visible(self, seqlen_q: int, seqlen_k: int, device: torch.device | str) -> Tensor:
+    def visible(self, seqlen_q: int, seqlen_k: int, device: torch.device | str | None) -> Tensor:
         """bool (seqlen_q, seqlen_k)."""
         query = torch.arange(seqlen_q, device=device)[:, None]
         key = torch.arange(seqlen_k, device=device) + (0 if self.top_left else seqlen_q - seqlen_k)
