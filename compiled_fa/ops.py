@@ -35,7 +35,8 @@ PAGED = ("total_q, nheads, head_dim", "num_blocks, block_size, nheads_k, head_di
 
 OPTIONS = (
     "float? softmax_scale=None, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "
-    "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? dropout_seed=None, str engine='auto'"
+    "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? dropout_seed=None, str engine='auto', "
+    "Tensor? numbers=None"
 )
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table=None"
 
@@ -60,7 +61,7 @@ MakeProblem = Callable[..., tuple[Problem, str]]
 def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem, its options checked, and the name of the engine asked for: the option after the problem's own."""
     count = len(Options._fields)
-    own, (engine,) = Options(*options[:count]), options[count:] or ("auto",)
+    own, (engine, *_) = Options(*options[:count]), options[count:] or ("auto",)
     problem = Problem.of(q, k, v, packed, *own)
     validation.options(problem, own.window_left, own.window_right)
     return problem, engine
@@ -107,6 +108,16 @@ def _packed_problem(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[P
     return _checked(q, k, v, packed, arguments[count:])
 
 
+def _told(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With softmax_scale, softcap and dropout_p out of `numbers`, which is the last of an op's arguments."""
+    *before, engine, numbers = arguments
+    validation.numbers(numbers)
+    softmax_scale, softcap, dropout_p = numbers.tolist()
+    *before, own = *before[: -len(Options._fields)], Options(*before[-len(Options._fields) :])
+    own = own._replace(softmax_scale=softmax_scale, softcap=softcap, dropout_p=dropout_p)
+    return *before, *own, engine
+
+
 def _check_values(problem: Problem) -> None:
     if problem.packed is not None:
         validation.packed_values(problem.q, problem.k, problem.packed)
@@ -147,7 +158,8 @@ def _double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
 def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any, Any, Any]:
     """Register compiled_fa::{name}, {name}_backward and {name}_jvp.
 
-    parameters: the schema's after q, k, v. make_problem: (q, k, v, *parameters) -> a checked problem and an engine.
+    parameters: the schema's after q, k, v. make_problem: (q, k, v, *parameters) -> a checked problem and an engine; it
+    knows nothing of `numbers`.
     """
     forward_schema = f"(Tensor q, Tensor k, Tensor v, {parameters}) -> (Tensor out, Tensor lse)"
     backward_schema = (
@@ -160,8 +172,19 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         f"{parameters}) -> (Tensor out_tangent, Tensor lse_tangent)"
     )
 
+    count = 3 + len(parameters.split(", "))
+
+    def has_numbers(arguments: tuple[Any, ...]) -> bool:
+        return len(arguments) == count and arguments[-1] is not None  # the dispatcher leaves out defaults at the end
+
+    def known_problem(*arguments: Any) -> tuple[Problem, str]:
+        return make_problem(*(_told(arguments) if has_numbers(arguments) else arguments))
+
+    def stays_an_op(arguments: tuple[Any, ...]) -> bool:
+        return has_numbers(arguments) or any(map(_unknown, arguments))
+
     def compute(*arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, engine = make_problem(*arguments)
+        problem, engine = known_problem(*arguments)
         _check_values(problem)
         out, lse = engines.select(problem, "forward", engine).forward()
         return out, lse
@@ -177,7 +200,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
     def compute_backward(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        problem, engine = make_problem(*arguments)
+        problem, engine = known_problem(*arguments)
         validation.backward(problem, dout, dlse, out, lse)
         _check_values(problem)
         dq, dk, dv = engines.select(problem, "backward", engine).backward(dout, out, lse, dlse)
@@ -202,7 +225,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         lse: Tensor,
         *arguments: Any,
     ) -> tuple[Tensor, Tensor]:
-        problem, _ = make_problem(q, k, v, *arguments)
+        problem, _ = known_problem(q, k, v, *arguments)
         validation.jvp(problem, q_tangent, k_tangent, v_tangent, out, lse)
         _check_values(problem)
         return tangent.tangents(problem, q_tangent, k_tangent, v_tangent, out, lse)
@@ -238,14 +261,14 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         return (dq, dk, dv, *nothing)
 
     def forward_in_graph(*arguments: Any) -> Any:
-        if any(map(_unknown, arguments)):
+        if stays_an_op(arguments):
             return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "forward", engine)
         return NotImplemented if inlined is None else inlined.forward(problem)
 
     def backward_in_graph(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
-        if any(map(_unknown, arguments)):
+        if stays_an_op(arguments):
             return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "backward", engine) if dlse is None else None

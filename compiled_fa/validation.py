@@ -176,6 +176,13 @@ def options(problem: Problem, window_left: int = -1, window_right: int = -1) -> 
             )
 
 
+def numbers(given: Tensor) -> None:
+    """softmax_scale, softcap and dropout_p, as compiled code hands them to an op."""
+    wanted = "(softmax_scale, softcap, dropout_p), float64 (3,) on a CPU"
+    if given.dtype != torch.float64 or tuple(given.shape) != (3,) or given.device.type != "cpu":
+        refuse("numbers", wanted, f"{given.dtype} {tuple(given.shape)} on {given.device}")
+
+
 def packing(q: Tensor, packed: Packed) -> None:
     """What can be told of where sequences lie without reading a tensor."""
     cu_seqlens_q, cu_seqlens_k, block_table = packed.cu_seqlens_q, packed.cu_seqlens_k, packed.block_table
