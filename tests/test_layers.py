@@ -26,7 +26,7 @@ LAYERS = [
     {"engines"},
     {"batching", "tangent"},
     {"ops", "probabilities", "cache_ops"},
-    {"flops"},
+    {"flops", "sharding"},
     {"arguments", "padding"},
     {"interface", "forward_backward"},
     {"kvcache"},
