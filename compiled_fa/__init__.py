@@ -22,6 +22,7 @@
     config.py         the environment variables
     testing/          attention problems, ways to run them, the reference, and how wrong a result may be
     check/            `python -m compiled_fa`
+    flops.py          what torch's FLOP counter counts for our ops; sharding.py: what they do with DTensors
     warmup.py         compiling ahead; messages.py: what people are told meanwhile
     memory.py         how a system gives memory fast
     without_numpy.py  torch, imported quietly; flattening.py: dataclasses of tensors as lists
@@ -31,7 +32,9 @@ v, T total tokens of packed sequences.
 """
 
 from . import without_numpy as without_numpy  # isort: skip  # before all that imports torch
+from . import flops as flops
 from . import rotary as rotary
+from . import sharding as sharding
 from .caches import clear_caches
 from .engines import use_engine
 from .interface import (

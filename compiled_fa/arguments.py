@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import seed, validation
+from . import seed, sharding, validation
 from .problem import Options
 
 # Below half the resolution of a keep decision (2**-32) nothing is ever dropped. Some callers pass 1e-30.
@@ -139,6 +139,8 @@ def seeded(options: Options, check: Callable[..., None], q: Tensor, k: Tensor, v
     """With a seed from the device's generator, where there is dropout; a call that is refused draws none."""
     if not options.dropout_p:
         return options
+    if sharding.is_distributed(q):
+        validation.refuse("dropout_p", "0 with DTensors, for which no seed is drawn", options.dropout_p)
     if not torch.compiler.is_compiling():
         check(q, k, v, *packing, *options._replace(dropout_p=0.0))
     return options._replace(dropout_seed=seed.drawn(q, k, v))

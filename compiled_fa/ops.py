@@ -190,7 +190,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         return out, lse
 
     def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-        lowering.tell_inductor()
+        lowering.traced()
         problem, _ = make_problem(*_without_unknown(arguments))
         q, v = problem.q, problem.v
         *leading, seqlen, nheads, _ = q.shape

@@ -20,6 +20,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FUNCTIONS = {
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
     "paged_decoding": "flash_attn_with_kvcache",
+    "parallel_llama": "flash_attn_func",
     "sdpa_block": "flash_attn_func",
     "train_compiled": "flash_attn_func",
     "transformers_padded": "flash_attn_varlen_func",

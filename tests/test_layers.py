@@ -26,6 +26,7 @@ LAYERS = [
     {"engines"},
     {"batching", "tangent"},
     {"ops", "probabilities", "cache_ops"},
+    {"flops", "sharding"},
     {"arguments", "padding"},
     {"interface", "forward_backward"},
     {"kvcache"},
