@@ -28,7 +28,7 @@ LAYERS = [
     {"ops", "probabilities", "cache_ops"},
     {"arguments", "padding"},
     {"interface", "forward_backward"},
-    {"kvcache"},
+    {"kvcache", "with_bias"},
     {"modules", "scaled_dot_product"},
     {"losses"},
     {"warmup", "testing"},
