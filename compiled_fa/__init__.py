@@ -1,6 +1,7 @@
 """The flash_attn 2 functions as PyTorch ops: FlashAttention for every machine PyTorch runs on.
 
     interface.py      the six training functions, kvcache.py: inference on a cache; what people call
+    with_bias.py      attention: with a bias of every score, and attention sinks
     forward_backward.py  flash_attn's private forward and backward, with lse and dropout's state in the open
     padding.py        padded batches and packed rows; arguments.py: arguments brought into form
     modules/          flash_attn's layers and GPT; losses/
@@ -14,7 +15,7 @@
     seed.py           dropout's seed; forward_mode.py, tangent.py: forward-mode AD; batching.py: torch.func.vmap
     engines/          who computes: fused (one Triton kernel each way, on CUDA), split_kv and sdpa_cpu (on a CPU), tiled
                       (anything, anywhere); and which of them serves a call
-    scores/           what a score is: scale, softcap, ALiBi, window, lengths, dropout
+    scores/           what a score is: scale, softcap, ALiBi, bias, window, lengths, dropout
     inductor/         what we ask of Inductor: compiled graphs and steps, and what it makes of our ops in other graphs
     turing/           compiled_fa_turing by another name: tensor cores on Turing for every Triton kernel
     tuning/           the numbers that were tuned, and on which machine
@@ -48,10 +49,12 @@ from .interface import (
 from .kvcache import flash_attn_with_kvcache
 from .scaled_dot_product import disable_sdpa, enable_sdpa, sdpa, sdpa_reason
 from .warmup import warmup
+from .with_bias import attention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "attention",
     "clear_caches",
     "disable_sdpa",
     "enable_sdpa",

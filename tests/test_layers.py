@@ -29,7 +29,7 @@ LAYERS = [
     {"flops", "sharding"},
     {"arguments", "padding"},
     {"interface", "forward_backward"},
-    {"kvcache"},
+    {"kvcache", "with_bias"},
     {"modules", "scaled_dot_product"},
     {"losses"},
     {"warmup", "testing"},

@@ -56,10 +56,8 @@ class Route(NamedTuple):
         except CannotServeError as error:
             return self._after(error).forward(self.problem)
 
-    def backward(
-        self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> dq, dk, dv."""
+    def backward(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, ...]:
+        """-> dq, dk, dv; and dbias where it is wanted."""
         try:
             return self.engine.backward(self.problem, dout, out, lse, dlse)
         except CannotServeError as error:
