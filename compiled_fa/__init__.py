@@ -13,7 +13,7 @@
     rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic
     validation.py     every check of an argument; cache_validation.py: of KV caches and rotary tables
     seed.py           dropout's seed; forward_mode.py, tangent.py: forward-mode AD; batching.py: torch.func.vmap
-    engines/          who computes: fused (one Triton kernel each way, on CUDA), split_kv and sdpa_cpu (on a CPU), tiled
+    engines/          who computes: fused and triton (Triton kernels, on CUDA), split_kv and sdpa_cpu (on a CPU), tiled
                       (anything, anywhere); and which of them serves a call
     scores/           what a score is: scale, softcap, ALiBi, bias, window, lengths, dropout
     inductor/         what we ask of Inductor: compiled graphs and steps, and what it makes of our ops in other graphs
