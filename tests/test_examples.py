@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # The function that each example is about.
 FUNCTIONS = {
+    "kernel_from_a_folder": "flash_attn_func",
+    "leaving_xformers": "flash_attn_varlen_func",
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
     "paged_decoding": "flash_attn_with_kvcache",
     "parallel_llama": "flash_attn_func",
@@ -30,6 +32,7 @@ NEEDS = {"transformers_padded": "transformers"}
 
 # The module that calls the function, where it is not the example itself.
 CALLERS = {
+    "leaving_xformers": "compiled_fa.xformers_api.attention",
     "sdpa_block": "compiled_fa.scaled_dot_product",
     "transformers_padded": "compiled_fa.integrations.transformers",
 }
