@@ -7,6 +7,7 @@
     drop_in/          this package as flash_attn; run.py, compat.py: programs and projects that want it
     scaled_dot_product.py  F.scaled_dot_product_attention through our ops, and run_with_sdpa.py: a program with it
     integrations/     other people's packages that call our ops: transformers
+    context_parallel/ attention over rows that lie on several ranks: a ring, and gathered heads
     ops.py            torch.ops.compiled_fa.*, with cache_ops.py: what torch.compile and autograd see
     cache_call.py     a call on a KV cache: where its rows lie, and how they are written
     rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic

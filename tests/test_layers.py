@@ -30,7 +30,7 @@ LAYERS = [
     {"arguments", "padding"},
     {"interface", "forward_backward"},
     {"kvcache"},
-    {"modules", "scaled_dot_product"},
+    {"context_parallel", "modules", "scaled_dot_product"},
     {"losses"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
