@@ -9,6 +9,7 @@
     scaled_dot_product.py  F.scaled_dot_product_attention through our ops, and run_with_sdpa.py: a program with it
     xformers_api/     xformers' memory_efficient_attention and its masks
     integrations/     other people's packages that call our ops: transformers
+    context_parallel/ attention over rows that lie on several ranks: a ring, and gathered heads
     ops.py            torch.ops.compiled_fa.*, with cache_ops.py: what torch.compile and autograd see
     cache_call.py     a call on a KV cache: where its rows lie, and how they are written
     rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic

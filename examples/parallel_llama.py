@@ -157,6 +157,8 @@ def on_rank(rank: int, folder: str) -> None:
 
 
 def main() -> int:
+    model = made(pytorchs_attention)
+    expected = torch.stack(trained(model, 0, BATCH))
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
         ranks = [context.Process(target=on_rank, args=(rank, folder)) for rank in range(RANKS[0] * RANKS[1])]
@@ -168,8 +170,6 @@ def main() -> int:
             print("a rank failed: WRONG")
             return 1
         losses, weights = torch.load(Path(folder, "found"))
-    model = made(pytorchs_attention)
-    expected = torch.stack(trained(model, 0, BATCH))
     print("losses", *(f"{loss:.4f}" for loss in losses), "on 4 ranks;", *(f"{loss:.4f}" for loss in expected), "on one")
     apart = max((weights[name] - x).abs().max().item() for name, x in model.state_dict().items())
     apart = max(apart, (losses - expected).abs().max().item())

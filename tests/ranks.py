@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 TESTS = Path(__file__).resolve().parent
-CHECKED = ("ranks_sharding",)
+CHECKED = ("ranks_sharding", "ranks_ring")
 RANKS = 4
 TIMEOUT = timedelta(seconds=120)  # of a collective that a rank does not come to
 
@@ -55,6 +55,7 @@ def run() -> None:
     """What `outcomes` starts: prints what went wrong, by check."""
     for module in CHECKED:
         importlib.import_module(module)
+    torch.compile(torch.sin, backend="aot_eager")(torch.zeros(1))  # imports what ranks compile with
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(rank, folder)) for rank in range(RANKS)]

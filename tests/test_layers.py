@@ -30,7 +30,7 @@ LAYERS = [
     {"arguments", "padding"},
     {"interface", "forward_backward"},
     {"kvcache", "with_bias"},
-    {"modules", "scaled_dot_product", "xformers_api"},
+    {"context_parallel", "modules", "scaled_dot_product", "xformers_api"},
     {"losses"},
     {"warmup", "testing"},
     {""},  # the package itself: what people import
