@@ -27,7 +27,7 @@ LAYERS = [
     {"batching", "tangent"},
     {"ops", "probabilities", "cache_ops"},
     {"arguments", "padding"},
-    {"interface", "forward_backward"},
+    {"interface", "forward_backward", "int8"},
     {"kvcache"},
     {"modules", "scaled_dot_product"},
     {"losses"},
