@@ -12,6 +12,7 @@
     context_parallel/ attention over rows that lie on several ranks: a ring, and gathered heads
     ops.py            torch.ops.compiled_fa.*, with cache_ops.py: what torch.compile and autograd see
     cache_call.py     a call on a KV cache: where its rows lie, and how they are written
+    int8/             attention with scores from int8 products, forward only
     rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic
     validation.py     every check of an argument; cache_validation.py: of KV caches and rotary tables
     seed.py           dropout's seed; forward_mode.py, tangent.py: forward-mode AD; batching.py: torch.func.vmap

@@ -235,8 +235,12 @@ def packing(q: Tensor, packed: Packed) -> None:
 
 def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
     """What must be read to be told: on a CPU always, elsewhere (a host sync) where COMPILED_FA_CHECK=1."""
-    if q.device.type != "cpu" and not config.checks_values():
-        return
+    if q.device.type == "cpu" or config.checks_values():
+        packed_values_read(q, k, packed)
+
+
+def packed_values_read(q: Tensor, k: Tensor, packed: Packed) -> None:
+    """The same for a call that reads them anyway."""
     # As lists: a dozen operations on small tensors would take longer than a short call.
     (sums_q, sums_k), block_table = packed.host_sums, packed.block_table
     _lengths("cu_seqlens_q", sums_q, "max_seqlen_q", packed.max_seqlen_q)

@@ -28,7 +28,7 @@ LAYERS = [
     {"ops", "probabilities", "cache_ops"},
     {"flops", "sharding"},
     {"arguments", "padding"},
-    {"interface", "forward_backward"},
+    {"interface", "forward_backward", "int8"},
     {"kvcache", "with_bias"},
     {"context_parallel", "modules", "scaled_dot_product", "xformers_api"},
     {"losses"},
