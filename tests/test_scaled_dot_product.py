@@ -81,7 +81,7 @@ def test_results_and_gradients_are_pytorchs(sizes, options, dtype):
 @pytest.mark.parametrize("kind", ["bool", "float", "differentiated"])
 def test_masks_where_pytorch_has_its_math_path(sizes, shape, kind, dtype):
     """Rows that see nothing give 0, as they do there."""
-    *inputs, options = *tensors(**sizes, dtype=dtype), {"enable_gqa": "nheads_k" in sizes}
+    inputs, options = tensors(**sizes, dtype=dtype), {"enable_gqa": "nheads_k" in sizes}
     mask = torch.randn(shape)
     mask[..., -1, :] = -torch.inf
     mask = mask > -1.0 if kind == "bool" else mask.to(dtype)
