@@ -1,7 +1,7 @@
 """The flash_attn 2 functions as PyTorch ops: FlashAttention for every machine PyTorch runs on.
 
     interface.py      the six training functions, kvcache.py: inference on a cache; what people call
-    with_bias.py      attention: with a bias of every score, and attention sinks
+    with_bias.py      attention, varlen_attention: with a bias of every score, and attention sinks
     forward_backward.py  flash_attn's private forward and backward, with lse and dropout's state in the open
     padding.py        padded batches and packed rows; arguments.py: arguments brought into form
     modules/          flash_attn's layers and GPT; losses/
@@ -52,7 +52,7 @@ from .interface import (
 from .kvcache import flash_attn_with_kvcache
 from .scaled_dot_product import disable_sdpa, enable_sdpa, sdpa, sdpa_reason
 from .warmup import warmup
-from .with_bias import attention
+from .with_bias import attention, varlen_attention
 
 __version__ = "0.1.0"
 
@@ -71,5 +71,6 @@ __all__ = [
     "sdpa",
     "sdpa_reason",
     "use_engine",
+    "varlen_attention",
     "warmup",
 ]

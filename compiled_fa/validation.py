@@ -199,14 +199,14 @@ def bias(problem: Problem, given: Tensor) -> None:
 
 
 def sinks(q: Tensor, given: Tensor) -> None:
-    """Of a dense call's heads."""
+    """One a query head."""
     tensor("sinks", given, "nheads")
     if given.dtype not in DTYPES:
         refuse("sinks", "float16, bfloat16, float32 or float64", given.dtype, TypeError)
     if given.device != q.device:
         refuse("sinks", f"on q's device, {q.device}", given.device)
-    if q.dim() == 4:
-        _equal("sinks", "of q's heads", given.shape[0], q.shape[2])
+    if q.dim() > 2:
+        _equal("sinks", "of q's heads", given.shape[0], q.shape[-2])
 
 
 def packing(q: Tensor, packed: Packed) -> None:

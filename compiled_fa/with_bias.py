@@ -1,4 +1,6 @@
-"""attention: flash_attn_func with what flash_attn has no argument for, a bias of every score, and attention sinks."""
+"""attention and varlen_attention: flash_attn's functions with what flash_attn has no argument for: attention sinks, and
+for dense calls a bias of every score.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +80,61 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    sinks: Tensor | None = None,
+    dropout_p: float | None = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float | None = 0.0,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+) -> Result:
+    """flash_attn_varlen_func with attention sinks.
+
+    Args:
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table: as flash_attn_varlen_func.
+        sinks: as attention.
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes: as flash_attn_func.
+        return_lse: return lse, too: (H, Tq), natural logarithm, fp32 (fp64 for fp64 inputs), with the sink in it.
+
+    Returns:
+        out (Tq, H, Dv), or (out, lse).
+
+    Raises: as flash_attn_varlen_func.
+
+    Example:
+        out = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, 250, 250, sinks=sinks, causal=True)
+
+    Source: as attention.
+    """
+    arguments.check_tensors(q=q, k=k, v=v)
+    q, k, v = arguments.autocast(q, k, v)
+    packing = arguments.packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
+    options = arguments.options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return_lse = validation.flag("return_lse", return_lse)
+    if sinks is not None:
+        validation.sinks(q, sinks)
+    options = arguments.seeded(options, ops.check_packed, q, k, v, *packing)
+    out: Tensor
+    lse: Tensor
+    out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
+    return (out, lse) if return_lse else out
+
+
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, Sq, H, Dv) and lse (B, H, Sq) of all keys -> of these and a sink a head (H,).
+    """out (B, Sq, H, Dv) and lse (B, H, Sq), or packed (Tq, H, Dv) and (H, Tq), of all keys -> of these and sinks (H,).
 
     With L = lse and s a sink, exp(L) of exp(L) + exp(s) is left for the keys.
     """

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from on_cpu import RUNNERS, Runner, examples
-from support import Case, check_against_float64, make, replace, run_tiled
+from support import Case, check_against_float64, cumulative, make, replace, run_tiled
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -276,6 +276,23 @@ def test_sinks_agree_with_float64(dtype):
     assert not found[0][:, 5].any()
     for result, as_naive, as_exact in zip(found, close, exact, strict=True):
         assert error(result, as_exact) <= budget(as_naive, as_exact, 64.0)
+
+
+def test_sinks_of_packed_rows():
+    q, k, v = (x.flatten(0, 1) for x in tensors(False))
+    sinks, lengths_q, lengths_k = torch.randn(4), [7, 0, 11], [9, 5, 8]
+    packing = cumulative(lengths_q), cumulative(lengths_k), 11, 9
+    out, lse = compiled_fa.varlen_attention(q, k, v, *packing, sinks=sinks, causal=True, return_lse=True)
+    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    alone = [
+        compiled_fa.attention(*(x[None] for x in part), sinks=sinks, causal=True, return_lse=True) for part in parts
+    ]
+    torch.testing.assert_close(out, torch.cat([out[0] for out, _ in alone]))
+    torch.testing.assert_close(lse, torch.cat([lse[0] for _, lse in alone], 1))
+    plain = compiled_fa.varlen_attention(q, k, v, *packing, causal=True)
+    assert torch.equal(plain, compiled_fa.flash_attn_varlen_func(q, k, v, *packing, causal=True))
+    with pytest.raises(ValueError, match=r"^sinks must be of q's heads, 4, got 3$"):
+        compiled_fa.varlen_attention(q, k, v, *packing, sinks=sinks[:3])
 
 
 def test_a_sink_of_no_weight_changes_nothing():
