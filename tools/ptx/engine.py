@@ -67,7 +67,7 @@ class Kernel:
         named = dict(zip(self.arguments, values[:count], strict=True))
         # A template is followed by its grid; of the others, Inductor derives it from sizes and tiles.
         grid = values[count:] if self.is_attention else [_tiles(named, axis) for axis in "xyz"]
-        passed = {name: _argument(value) for name, value in named.items() if name not in self.constant}
+        passed = {name: argument(value) for name, value in named.items() if name not in self.constant}
         blocks = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(grid)))]
         if self.last_block_first:
             blocks.reverse()
@@ -218,10 +218,10 @@ def _tiles(sizes: dict[str, Any], axis: str) -> int:
     return -(-int(sizes.get(f"{axis}numel", 1)) // TILES.get(f"{axis.upper()}BLOCK", 1))
 
 
-def _argument(value: Any) -> Argument:
+def argument(value: Any) -> Argument:
     """A tensor as a place in its storage; numbers as they are."""
     if not isinstance(value, Tensor):
-        return int(value)
+        return value if isinstance(value, float) else int(value)
     dtype = torch.int16 if value.dtype == torch.bfloat16 else value.dtype  # NumPy has no bfloat16
     storage = torch.empty(0, dtype=dtype).set_(value.untyped_storage())
     return Pointer(storage.numpy(), int(value.storage_offset()))
