@@ -16,11 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # The function that each example is about.
 FUNCTIONS = {
+    "kernel_from_a_folder": "flash_attn_func",
+    "leaving_xformers": "flash_attn_varlen_func",
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
     "paged_decoding": "flash_attn_with_kvcache",
     "parallel_llama": "flash_attn_func",
     "ring_attention": "attention",
-    "sdpa_block": "flash_attn_func",
+    "sdpa_block": "attention",
     "train_compiled": "flash_attn_func",
     "transformers_padded": "flash_attn_varlen_func",
 }
@@ -29,6 +31,7 @@ NEEDS = {"transformers_padded": "transformers"}
 
 # The module that calls the function, where it is not the example itself.
 CALLERS = {
+    "leaving_xformers": "compiled_fa.xformers_api.attention",
     "ring_attention": "compiled_fa.context_parallel",
     "sdpa_block": "compiled_fa.scaled_dot_product",
     "transformers_padded": "compiled_fa.integrations.transformers",
