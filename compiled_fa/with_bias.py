@@ -127,7 +127,7 @@ def varlen_attention(
     options = arguments.seeded(options, ops.check_packed, q, k, v, *packing)
     out: Tensor
     lse: Tensor
-    out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
+    out, lse = ops.varlen_attention(q, k, v, *packing, *arguments.of_op(q, options, engines.requested()))
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out

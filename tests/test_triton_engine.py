@@ -110,3 +110,37 @@ def test_a_term_that_nobody_has_written_yet_is_printed_as_it_is_traced() -> None
 def test_an_operator_that_has_no_triton_code_is_named() -> None:
     with pytest.raises(CannotServeError, match=r"no Triton code is known for aten.erfinv.default"):
         printed(lambda x: {"result": torch.erfinv(x)}, x=Level.ELEMENT)
+
+
+# ------------------------------------------------------------------------------------------------- in Inductor's graphs
+
+LAYERS = 2
+
+
+def layers_on_a_t4(cases: list[tuple[bool, bool]]) -> list[tuple[list[str], str, int]]:
+    """For a process of its own: launches of a training step with dropout, the code that launches them, and how many
+    tensor-core instructions its forward kernel has, which is Triton code that Inductor wrote."""
+    from tools.offline import KernelSource, compile_source
+    from tools.offline.engine import written_for_layers
+
+    found = [written_for_layers(LAYERS, 300, *case, dropout=True, causal=True) for case in cases]
+    name = "attention_forward"
+    codes = [compile_source(KernelSource(name, each.kernels[name]), turing=True) for each in found]
+    return [(each.launches, each.wrapper, code.hmma) for each, code in zip(found, codes, strict=True)]
+
+
+def test_in_a_graph_a_call_with_dropout_is_its_launches() -> None:
+    """Dense; and packed, for any number of rows. Three of ours a layer, no op of ours, no copy, no table."""
+    pytest.importorskip("triton", reason="Inductor writes Triton code only where Triton is")
+    from tools.offline import in_own_process
+
+    for launches, wrapper, hmma in in_own_process(layers_on_a_t4, [(False, False), (True, True)]):
+        ours = [name.rpartition("_")[0] for name in launches if name.startswith("attention")]
+        backward = ["attention_backward_queries", "attention_backward_keys"]
+        assert hmma == 256
+        assert ours == ["attention_forward"] * LAYERS + backward * LAYERS
+        assert "torch.ops.compiled_fa" not in wrapper
+        around = [name for name in launches if not name.startswith("attention")]
+        # The model's own: what q, k and v are, sums of layers, and of gradients.
+        assert len(around) <= 3 * LAYERS, around
+        assert all("poi" in name for name in around)

@@ -128,16 +128,16 @@ _OWN_FP16: dict[tuple[str, int, str], TileOptions] = {
     ("queries", 64, "many"): (64, 32, 4, 2),
     ("queries", 128, "plain"): (32, 32, 4, 1),
     ("queries", 128, "many"): (32, 32, 4, 1),
-    ("queries", 256, "plain"): (32, 32, 8, 1),
-    ("queries", 256, "many"): (32, 32, 8, 1),
+    ("queries", 256, "plain"): (32, 16, 4, 1),
+    ("queries", 256, "many"): (32, 16, 4, 1),
     ("keys", 32, "plain"): (32, 64, 4, 2),
     ("keys", 32, "many"): (32, 64, 4, 2),
     ("keys", 64, "plain"): (32, 64, 4, 2),
     ("keys", 64, "many"): (32, 64, 4, 2),
     ("keys", 128, "plain"): (32, 32, 4, 1),
     ("keys", 128, "many"): (32, 32, 4, 1),
-    ("keys", 256, "plain"): (32, 32, 8, 1),
-    ("keys", 256, "many"): (32, 32, 8, 1),
+    ("keys", 256, "plain"): (16, 32, 8, 1),
+    ("keys", 256, "many"): (16, 32, 8, 1),
 }
 
 

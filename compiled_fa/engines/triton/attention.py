@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ...problem import Direction, Problem
 from .. import nvidia
-from .launching import FORWARD, KEYS, QUERIES, Kernel, launch, readable, terms_of
+from . import in_graph, launching
+from .launching import FORWARD, KEYS, QUERIES, Kernel, readable, terms_of
 from .options import largest_head_dim, options_for
 
 NAMES = {FORWARD: "forward", QUERIES: "queries", KEYS: "keys"}  # of kernels in the table of options
@@ -44,7 +46,7 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
 
 def inlines(problem: Problem, direction: Direction) -> bool:
     """In a graph of CUDA tensors a call is its launches, whatever the sizes."""
-    return problem.q.device.type == "cuda"
+    return problem.q.device.type == "cuda" and in_graph.is_possible()
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -54,8 +56,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     shape, shape_of_lse = (*q.shape[:-1], v.shape[-1]), (*leading, nheads, rows)
     if isinstance(problem.batch, int) and problem.batch == 0:
         return q.new_zeros(shape), q.new_full(shape_of_lse, -math.inf, dtype=torch.float32)
-    out, lse = q.new_empty(shape), q.new_empty(shape_of_lse, dtype=torch.float32)
-    _launch(FORWARD, problem, {"q": readable(q), "k": readable(k), "v": readable(v), "out": out, "lse": lse})
+    results = {"out": q.new_empty(shape), "lse": q.new_empty(shape_of_lse, dtype=torch.float32)}
+    out, lse = _launch(FORWARD, problem, {"q": readable(q), "k": readable(k), "v": readable(v), **results})
     return out, lse
 
 
@@ -67,17 +69,20 @@ def backward(
     if isinstance(problem.batch, int) and problem.batch == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     read = {"q": readable(q), "k": readable(k), "v": readable(v), "dout": readable(dout), "lse": lse.contiguous()}
-    delta = torch.empty_like(read["lse"])
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     given = {"out": readable(out), "dlse": None if dlse is None else dlse.contiguous()}
-    _launch(QUERIES, problem, {**read, **given, "dq": dq, "delta": delta})
-    _launch(KEYS, problem, {**read, "dk": dk, "dv": dv, "delta": delta})
+    results = {"dq": _like(q), "delta": _like(lse)}
+    dq, delta = _launch(QUERIES, problem, {**read, **given, **results})
+    dk, dv = _launch(KEYS, problem, {**read, "delta": delta, "dk": _like(k), "dv": _like(v)})
     return dq, dk, dv
 
 
-def _launch(kernel: Kernel, problem: Problem, tensors: dict[str, Tensor | None]) -> None:
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _launch(kernel: Kernel, problem: Problem, tensors: Mapping[str, Tensor | None]) -> list[Tensor]:
     q, capability = problem.q, nvidia.capability_of(problem.q.device)
     nvidia.prepare(capability, q.dtype)
     largest = max(int(q.shape[-1]), int(problem.v.shape[-1]))
     options = options_for(NAMES[kernel], largest, q.dtype, terms_of(problem), capability)
-    launch(kernel, problem, tensors, options)
+    return launching.run(launching.launch_of(kernel, problem, tensors, options))

@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, clear_rest, load_rows, rows_of_sequence, store_rows, tiles_between
+from .tiles import LOG2E, clear_rest, integers, load_rows, reals, rows_of_sequence, store_rows, tiles_between
 
 of_head: Any
 of_rows: Any
@@ -93,6 +93,10 @@ def attention_backward_queries(
 ):  # fmt: skip
     """A program is a tile of queries of one head of one sequence; arguments as forward.py's. delta, and dlse where it
     is given, are laid out as lse."""
+    seqlen_q, seqlen_k, window_left, window_right, threshold, nheads, group, tiles, batches, rows = integers(
+        seqlen_q, seqlen_k, window_left, window_right, threshold, nheads, group, tiles, batches, rows
+    )
+    softmax_scale, softcap, kept = reals(softmax_scale, softcap, kept)
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
     first = tile * BLOCK_M
@@ -217,6 +221,10 @@ def attention_backward_keys(
 ):  # fmt: skip
     """A program is a tile of keys of one key head of one sequence, with all query heads that read it; nheads: of
     keys."""
+    seqlen_q, seqlen_k, window_left, window_right, threshold, nheads, group, tiles, batches, rows = integers(
+        seqlen_q, seqlen_k, window_left, window_right, threshold, nheads, group, tiles, batches, rows
+    )
+    softmax_scale, softcap, kept = reals(softmax_scale, softcap, kept)
     program = tl.program_id(0)
     tile = program % tiles
     key = tile * BLOCK_N

@@ -12,7 +12,18 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .tiles import LN2, LOG2E, clear_rest, clear_rest_of_lse, load_rows, rows_of_sequence, store_rows, tiles_between
+from .tiles import (
+    LN2,
+    LOG2E,
+    clear_rest,
+    clear_rest_of_lse,
+    integers,
+    load_rows,
+    reals,
+    rows_of_sequence,
+    store_rows,
+    tiles_between,
+)
 
 of_head: Any
 of_rows: Any
@@ -85,8 +96,12 @@ def attention_forward(
     longest sequence. batches, rows: how many there are of packed ones. kept: the probability of being kept. seqlen_q,
     seqlen_k: of dense calls.
     """
-    # With causal, the last tiles of a sequence have most to do: they begin first.
+    seqlen_q, seqlen_k, window_left, window_right, threshold, nheads, group, tiles, batches, rows = integers(
+        seqlen_q, seqlen_k, window_left, window_right, threshold, nheads, group, tiles, batches, rows
+    )
+    softmax_scale, softcap, kept = reals(softmax_scale, softcap, kept)
     program = tl.program_id(0)
+    # With causal, the last tiles of a sequence have most to do: they begin first.
     tile = tiles - 1 - program % tiles
     first = tile * BLOCK_M
     head = program // tiles % nheads

@@ -1,4 +1,4 @@
-"""One launch of a kernel: its arguments by name, from a problem and tensors; what is fixed in its code.
+"""Launches: a kernel's arguments by name, from a problem and tensors, and what is fixed in its code.
 
 A kernel is compiled for a dtype, head_dims, a set of terms, whether rows are packed, and which strides are multiples of
 16: lengths, batch, heads and every number of the score program are arguments.
@@ -21,7 +21,7 @@ from ...scores.arguments import UNBOUNDED
 from ...scores.dropout import threshold
 from ...tuning import TileOptions
 from ..engine import CannotServeError
-from . import loading
+from . import in_graph, loading
 from .program import Terms
 
 SMALLEST_COLUMNS = 16  # tl.dot takes no less
@@ -30,16 +30,17 @@ LARGEST_ROW_STRIDE = 1 << 23  # elements: places within a tile, of 256 rows at m
 
 @dataclass(frozen=True)
 class Kernel:
-    """module: forward or backward. rows: whose tiles its programs are: "q" or "k"."""
+    """module: forward or backward. rows: whose tiles its programs are: "q" or "k". written: its results."""
 
     module: str
     function: str
     rows: str
+    written: tuple[str, ...]
 
 
-FORWARD = Kernel("forward", "attention_forward", "q")
-QUERIES = Kernel("backward", "attention_backward_queries", "q")
-KEYS = Kernel("backward", "attention_backward_keys", "k")
+FORWARD = Kernel("forward", "attention_forward", "q", ("out", "lse"))
+QUERIES = Kernel("backward", "attention_backward_queries", "q", ("dq", "delta"))
+KEYS = Kernel("backward", "attention_backward_keys", "k", ("dk", "dv"))
 
 # Why kernels cannot be launched on a device, which is as slow to find out as they are to be compiled; empty: they can.
 _failures: Cache[object, list[str]] = Cache("failures of kernels", entries=256)
@@ -58,27 +59,40 @@ def readable(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def launch(kernel: Kernel, problem: Problem, tensors: Mapping[str, Tensor | None], options: TileOptions) -> None:
-    """tensors: those with rows of heads, (B, S, H, D) or (T, H, D), and lse, dlse and delta, by the kernel's names.
+@dataclass(frozen=True)
+class Launch:
+    """arguments: by name. constants: what is fixed in the code. programs: how many there are."""
 
-    Raises CannotServeError where the kernel cannot be compiled for the device, or be launched there.
-    """
+    kernel: Kernel
+    terms: Terms
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    programs: Any
+    num_warps: int
+    num_stages: int
+
+    @property
+    def function(self) -> Any:
+        """The Triton function. Raises CannotServeError where a term has no Triton code."""
+        return getattr(loading.module(self.kernel.module, self.terms), self.kernel.function)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """All that Triton is given."""
+        return {**self.arguments, **self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def launch_of(kernel: Kernel, problem: Problem, tensors: Mapping[str, Tensor | None], options: TileOptions) -> Launch:
+    """tensors: those with rows of heads, (B, S, H, D) or (T, H, D), and lse, dlse and delta, by the kernel's names."""
     terms, packed = terms_of(problem), problem.packed
     q, k, v = problem.q, problem.k, problem.v
     block_m, block_n, num_warps, num_stages = options
-    if packed is None:
-        longest_q, longest_k = q.shape[1], k.shape[1]
-    else:
-        longest_q, longest_k = packed.max_seqlen_q, packed.max_seqlen_k
-    longest, block, nheads = (
-        (longest_q, block_m, q.shape[-2]) if kernel.rows == "q" else (longest_k, block_n, k.shape[-2])
-    )
+    seqlen_q, seqlen_k = (0, 0) if packed is not None else (q.shape[1], k.shape[1])
+    longest_q, longest_k = (seqlen_q, seqlen_k) if packed is None else (packed.max_seqlen_q, packed.max_seqlen_k)
+    rows, longest, block = (q, longest_q, block_m) if kernel.rows == "q" else (k, longest_k, block_n)
     if packed is not None:
         longest = torch.sym_max(longest, 1)  # rows that belong to no sequence are written by the programs of the last
-    tiles = (longest + block - 1) // block
-    programs = tiles * nheads * problem.batch
-    if isinstance(programs, int) and programs == 0:
-        return
+    tiles, nheads = (longest + block - 1) // block, rows.shape[-2]
     left, right = (UNBOUNDED if side is None else min(side, UNBOUNDED) for side in problem.window)
     slopes = None if problem.alibi_slopes is None else problem.alibi_slopes.float().expand(problem.batch, -1)
     seed = Dropout.of(problem.dropout_p, problem.dropout_seed).seed if terms.dropout else None  # type: ignore[arg-type]
@@ -91,8 +105,8 @@ def launch(kernel: Kernel, problem: Problem, tensors: Mapping[str, Tensor | None
         "alibi_slopes_stride_0": 0 if slopes is None else slopes.stride(0),
         "alibi_slopes_stride_1": 0 if slopes is None else slopes.stride(1),
         "seed": seed,
-        "seqlen_q": 0 if packed is not None else longest_q,
-        "seqlen_k": 0 if packed is not None else longest_k,
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_k,
         "softmax_scale": float(problem.softmax_scale),
         "softcap": float(problem.softcap),
         "window_left": left,
@@ -103,9 +117,9 @@ def launch(kernel: Kernel, problem: Problem, tensors: Mapping[str, Tensor | None
         "group": problem.heads_per_key,
         "tiles": tiles,
         "batches": problem.batch,
-        "rows": (q if kernel.rows == "q" else k).shape[0],
+        "rows": rows.shape[0],
     }
-    fixed = {
+    constants = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "HEAD_DIM": int(q.shape[-1]),
@@ -115,22 +129,30 @@ def launch(kernel: Kernel, problem: Problem, tensors: Mapping[str, Tensor | None
         "DROPOUT": terms.dropout,
         # Products of fp32 are of fp32, as PyTorch's are unless it is asked for less.
         "PRECISION": "ieee",
-        "num_warps": num_warps,
-        "num_stages": num_stages,
     }
-    function = getattr(loading.module(kernel.module, terms), kernel.function)
-    if is_traced(q):
-        from torch.library import wrap_triton
+    return Launch(kernel, terms, arguments, constants, tiles * nheads * problem.batch, num_warps, num_stages)
 
-        wrap_triton(function)[(programs,)](**arguments, **fixed)
-        return
-    failures = _failures.get((kernel, terms, q.dtype, packed is None, *fixed.values(), q.device), list)
+
+def run(launch: Launch) -> list[Tensor]:
+    """-> its results: the tensors given, written to, or in a graph others.
+
+    Raises CannotServeError where the kernel cannot be compiled for the device, or be launched there.
+    """
+    function, q, grid = launch.function, launch.arguments["q"], (launch.programs,)
+    written = launch.kernel.written
+    if is_traced(q):
+        return list(in_graph.launch(function, grid, launch.keywords, written).values())
+    results = [launch.arguments[name] for name in written]
+    if launch.programs == 0:
+        return results
+    kind = *launch.constants.values(), launch.num_warps, launch.num_stages, launch.arguments["cu_seqlens_q"] is None
+    failures = _failures.get((launch.kernel, launch.terms, q.dtype, q.device, kind), list)
     if not failures:
         try:
-            function[(programs,)](**arguments, **fixed)
-            return
+            function[grid](**launch.keywords)
+            return results
         except Exception as error:  # shared memory that the device does not have is an error of many kinds
-            name = f"{kernel.function} for head_dim {q.shape[-1]}"
+            name = f"{launch.kernel.function} for head_dim {q.shape[-1]}"
             failures.append(f"{name} could not be launched ({type(error).__name__}: {error})")
     raise CannotServeError(failures[0])
 

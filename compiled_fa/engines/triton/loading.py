@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import linecache
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...caches import Cache
@@ -20,7 +21,13 @@ _modules: Cache[tuple[str, Terms], types.ModuleType] = Cache("kernels by the ter
 
 def module(name: str, terms: Terms) -> Any:
     """name: "forward" or "backward". Raises CannotServeError where a term has no Triton code."""
-    return _modules.get((name, terms), lambda: _load(name, terms))
+
+    def load() -> types.ModuleType:
+        # A thread of its own: to trace the score program is no part of what the caller's thread may be tracing.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(_load, name, terms).result()
+
+    return _modules.get((name, terms), load)
 
 
 def _load(name: str, terms: Terms) -> types.ModuleType:

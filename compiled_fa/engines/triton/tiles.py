@@ -13,6 +13,21 @@ LN2: Any = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def integers(a, b, c, d, e, f, g, h, i, j):
+    """In 32 bits: dropout's hash wraps around there. A graph that torch.compile makes gives numbers in 64."""
+    return (
+        tl.cast(a, tl.int32), tl.cast(b, tl.int32), tl.cast(c, tl.int32), tl.cast(d, tl.int32), tl.cast(e, tl.int32),
+        tl.cast(f, tl.int32), tl.cast(g, tl.int32), tl.cast(h, tl.int32), tl.cast(i, tl.int32), tl.cast(j, tl.int32),
+    )  # fmt: skip
+
+
+@triton.jit
+def reals(a, b, c):
+    """In fp32, likewise."""
+    return tl.cast(a, tl.float32), tl.cast(b, tl.float32), tl.cast(c, tl.float32)
+
+
+@triton.jit
 def tanh(x):
     """Near 0 by its series: 1 - 2 / (exp(2 |x|) + 1) would lose digits there."""
     squared = x * x
