@@ -25,7 +25,7 @@ FUNCTIONS = {
     "paged_decoding": "flash_attn_with_kvcache",
     "parallel_llama": "flash_attn_func",
     "ring_attention": "attention",
-    "sdpa_block": "flash_attn_func",
+    "sdpa_block": "attention",
     "train_compiled": "flash_attn_func",
     "transformers_padded": "flash_attn_varlen_func",
 }
