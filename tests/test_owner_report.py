@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compiled_fa.check import flex, owner, picture, speed
+from compiled_fa.check.cases import CASES
 from compiled_fa.testing import Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ NEEDS_A_CARD = "needs-a-card"
 def small(monkeypatch):
     monkeypatch.setenv("COMPILED_FA_COMPILE", "0")
     monkeypatch.setattr(speed, "ON_CPU", SMALL)
-    monkeypatch.setitem(owner.CASES, "GQA", Case.uniform(64, nheads_k=2, heads_per_key=2))
+    monkeypatch.setitem(CASES, "GQA", Case.uniform(64, nheads_k=2, heads_per_key=2))
 
 
 def written(folder):
@@ -90,10 +91,10 @@ def test_operations():
 def test_peers_agree():
     """All of them compute the same attention."""
     shape = speed.Shape(1, 40, 2, 16, True)
-    inputs = shape.inputs(torch.device("cpu"), torch.float32)
-    wanted = speed.sdpa(*inputs, True)
+    q, k, v = shape.inputs(torch.device("cpu"), torch.float32)
+    wanted = speed.sdpa(q, k, v, True)
     for name, peer in speed.peers(False).items():
-        found = peer(*inputs, True)
+        found = peer(q, k, v, True)
         assert torch.allclose(found, wanted, atol=0.05 if "int8" in name else 1e-5), name
 
 
@@ -127,7 +128,7 @@ def test_flex_variants(capability, names, monkeypatch):
 
 def test_a_picture_of_all_peers(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"shape": dataclasses.asdict(shape), "direction": direction, "seconds": dict.fromkeys(picture.COLOURS, 1e-3)}
         for shape in SMALL
         for direction in ("forward", "forward+backward")
