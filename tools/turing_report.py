@@ -175,19 +175,23 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "| " + " | ".join(columns) + " |"
     yield "| --- " * len(columns) + "|"
     for row in rows:
-        cells = [f"{row['direction']} {row['head_dim']}, {row['features']}", _options_text(row["options"])]
         ours, stock = row["turing"], row["stock"]
-        if isinstance(ours, str):
-            cells += [ours, "", "", "", ""]
-        else:
-            cells += [_counts(ours), str(ours["registers"]), _kilobytes(ours), str(ours["blocks_per_sm"]), _peak(ours)]
+        of_row = [f"{row['direction']} {row['head_dim']}, {row['features']}", *cells(row["options"], ours)]
         if isinstance(stock, Mapping):
-            cells += [_counts(stock), _kilobytes(stock), _peak(stock)]
+            of_row += [_counts(stock), _kilobytes(stock), _peak(stock)]
         else:
-            cells += [stock or "", "", ""]
+            of_row += [stock or "", "", ""]
         if has_traffic:
-            cells.append(", ".join(f"{name} {n:.3g}" for name, n in row.get("traffic", {}).items()))
-        yield "| " + " | ".join(cells) + " |"
+            of_row.append(", ".join(f"{name} {n:.3g}" for name, n in row.get("traffic", {}).items()))
+        yield "| " + " | ".join(of_row) + " |"
+
+
+def cells(options: Mapping[str, int], figures: Mapping[str, Any] | str) -> list[str]:
+    """Of a row, behind the kernel's name."""
+    if isinstance(figures, str):
+        return [_options_text(options), figures, "", "", "", ""]
+    registers, blocks = str(figures["registers"]), str(figures["blocks_per_sm"])
+    return [_options_text(options), _counts(figures), registers, _kilobytes(figures), blocks, _peak(figures)]
 
 
 def _options_text(options: Mapping[str, int]) -> str:
@@ -317,7 +321,7 @@ def main() -> int:
             rows.append({**name, "candidates": candidates})
             print(f"{kernel.direction} {kernel.head_dim}, {kernel.features}")
             for candidate in candidates[:3]:
-                print("  ", _candidate_text(candidate))
+                print("  ", candidate_text(candidate))
     else:
         chosen = [
             kernel
@@ -342,7 +346,7 @@ def _traffic(kernel: Kernel) -> dict[str, float]:
     return {"modelled": model, **kernel_traffic.measured(kernel.direction, kernel.head_dim, 256)}
 
 
-def _candidate_text(candidate: Mapping[str, Any]) -> str:
+def candidate_text(candidate: Mapping[str, Any]) -> str:
     figures = candidate["turing"]
     if isinstance(figures, str):
         return f"{_options_text(candidate['options'])}: {figures}"

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from compiled_fa.engines.fused import attention, kernels
-from compiled_fa.engines.fused.options import TURING, options_for
+from compiled_fa.engines.fused.options import options_for
+from compiled_fa.engines.nvidia import TURING
 from compiled_fa.problem import Problem
 
 from .counters import Counters
