@@ -7,13 +7,16 @@
     modules/          flash_attn's layers and GPT; losses/
     drop_in/          this package as flash_attn; run.py, compat.py: programs and projects that want it
     scaled_dot_product.py  F.scaled_dot_product_attention through our ops, and run_with_sdpa.py: a program with it
+    xformers_api/     xformers' memory_efficient_attention and its masks
     integrations/     other people's packages that call our ops: transformers
+    context_parallel/ attention over rows that lie on several ranks: a ring, and gathered heads
     ops.py            torch.ops.compiled_fa.*, with cache_ops.py: what torch.compile and autograd see
     cache_call.py     a call on a KV cache: where its rows lie, and how they are written
+    int8/             attention with scores from int8 products, forward only
     rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic
     validation.py     every check of an argument; cache_validation.py: of KV caches and rotary tables
     seed.py           dropout's seed; forward_mode.py, tangent.py: forward-mode AD; batching.py: torch.func.vmap
-    engines/          who computes: fused (one Triton kernel each way, on CUDA), split_kv and sdpa_cpu (on a CPU), tiled
+    engines/          who computes: fused and triton (Triton kernels, on CUDA), split_kv and sdpa_cpu (on a CPU), tiled
                       (anything, anywhere); and which of them serves a call
     scores/           what a score is: scale, softcap, ALiBi, bias, window, lengths, dropout
     inductor/         what we ask of Inductor: compiled graphs and steps, and what it makes of our ops in other graphs
@@ -23,6 +26,7 @@
     config.py         the environment variables
     testing/          attention problems, ways to run them, the reference, and how wrong a result may be
     check/            `python -m compiled_fa`
+    flops.py          what torch's FLOP counter counts for our ops; sharding.py: what they do with DTensors
     warmup.py         compiling ahead; messages.py: what people are told meanwhile
     memory.py         how a system gives memory fast
     without_numpy.py  torch, imported quietly; flattening.py: dataclasses of tensors as lists
@@ -32,7 +36,9 @@ v, T total tokens of packed sequences.
 """
 
 from . import without_numpy as without_numpy  # isort: skip  # before all that imports torch
+from . import flops as flops
 from . import rotary as rotary
+from . import sharding as sharding
 from .caches import clear_caches
 from .engines import use_engine
 from .interface import (

@@ -36,7 +36,8 @@ PAGED = ("total_q, nheads, head_dim", "num_blocks, block_size, nheads_k, head_di
 
 OPTIONS = (
     "float? softmax_scale=None, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "
-    "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? dropout_seed=None, str engine='auto'"
+    "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? dropout_seed=None, str engine='auto', "
+    "Tensor? numbers=None"
 )
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table=None"
 
@@ -61,7 +62,7 @@ MakeProblem = Callable[..., tuple[Problem, str]]
 def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem, its options checked, and the name of the engine asked for: the option after the problem's own."""
     count = len(Options._fields)
-    own, (engine,) = Options(*options[:count]), options[count:] or ("auto",)
+    own, (engine, *_) = Options(*options[:count]), options[count:] or ("auto",)
     problem = Problem.of(q, k, v, packed, *own)
     validation.options(problem, own.window_left, own.window_right)
     return problem, engine
@@ -102,7 +103,7 @@ def _checked_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Prob
 
 def _biased_problem(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *options: Any) -> tuple[Problem, str]:
     """options: backward's, too, whose last says whether the bias's gradient is wanted."""
-    last = len(Options._fields) + 1
+    last = len(Options._fields) + 2  # behind the engine and numbers
     problem, engine = _checked_dense(q, k, v, *options[:last])
     validation.bias(problem, bias)
     wanted = bias.is_floating_point() and (options[last] if len(options) > last else True)
@@ -115,6 +116,16 @@ def _packed_problem(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[P
     validation.qkv(q, k, v, PACKED if packed.block_table is None else PAGED)
     validation.packing(q, packed)
     return _checked(q, k, v, packed, arguments[count:])
+
+
+def _told(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
+    """With softmax_scale, softcap and dropout_p out of `numbers`, which is the argument number `at`."""
+    first = at - 1 - len(Options._fields)  # the options, and the engine between
+    validation.numbers(arguments[at])
+    softmax_scale, softcap, dropout_p = arguments[at].tolist()
+    own = Options(*arguments[first : at - 1])
+    own = own._replace(softmax_scale=softmax_scale, softcap=softcap, dropout_p=dropout_p)
+    return *arguments[:first], *own, arguments[at - 1], None, *arguments[at + 1 :]
 
 
 def _check_values(problem: Problem) -> None:
@@ -172,8 +183,8 @@ def _double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
 def _define(name: str, parameters: str, make_problem: MakeProblem, biased: bool = False) -> tuple[Any, Any, Any]:
     """Register compiled_fa::{name}, {name}_backward and {name}_jvp.
 
-    parameters: the schema's after q, k, v. make_problem: (q, k, v, *parameters) -> a checked problem and an engine.
-    biased: the first parameter is a bias, and has a gradient.
+    parameters: the schema's after q, k, v. make_problem: (q, k, v, *parameters) -> a checked problem and an engine; it
+    knows nothing of `numbers`, the last of them. biased: the first parameter is a bias, and has a gradient.
     """
     forward_schema = f"(Tensor q, Tensor k, Tensor v, {parameters}) -> (Tensor out, Tensor lse)"
     backward_schema = (
@@ -187,14 +198,25 @@ def _define(name: str, parameters: str, make_problem: MakeProblem, biased: bool 
         f"{parameters}) -> (Tensor out_tangent, Tensor lse_tangent)"
     )
 
+    at = 2 + len(parameters.split(", "))
+
+    def has_numbers(arguments: tuple[Any, ...]) -> bool:
+        return len(arguments) > at and arguments[at] is not None  # the dispatcher leaves out defaults at the end
+
+    def known_problem(*arguments: Any) -> tuple[Problem, str]:
+        return make_problem(*(_told(arguments, at) if has_numbers(arguments) else arguments))
+
+    def stays_an_op(arguments: tuple[Any, ...]) -> bool:
+        return has_numbers(arguments) or any(map(_unknown, arguments))
+
     def compute(*arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, engine = make_problem(*arguments)
+        problem, engine = known_problem(*arguments)
         _check_values(problem)
         out, lse = engines.select(problem, "forward", engine).forward()
         return out, lse
 
     def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-        lowering.tell_inductor()
+        lowering.traced()
         problem, _ = make_problem(*_without_unknown(arguments))
         q, v = problem.q, problem.v
         *leading, seqlen, nheads, _ = q.shape
@@ -204,7 +226,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem, biased: bool 
     def compute_backward(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
     ) -> tuple[Tensor, ...]:
-        problem, engine = make_problem(*arguments)
+        problem, engine = known_problem(*arguments)
         validation.backward(problem, dout, dlse, out, lse)
         _check_values(problem)
         gradients = engines.select(problem, "backward", engine).backward(dout, out, lse, dlse)
@@ -229,7 +251,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem, biased: bool 
         lse: Tensor,
         *arguments: Any,
     ) -> tuple[Tensor, Tensor]:
-        problem, _ = make_problem(q, k, v, *arguments)
+        problem, _ = known_problem(q, k, v, *arguments)
         validation.jvp(problem, q_tangent, k_tangent, v_tangent, out, lse)
         _check_values(problem)
         return tangent.tangents(problem, q_tangent, k_tangent, v_tangent, out, lse)
@@ -268,14 +290,14 @@ def _define(name: str, parameters: str, make_problem: MakeProblem, biased: bool 
         return (*of_qkv, dbias if wanted else None, *nothing[1:])
 
     def forward_in_graph(*arguments: Any) -> Any:
-        if any(map(_unknown, arguments)):
+        if stays_an_op(arguments):
             return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "forward", engine)
         return NotImplemented if inlined is None else inlined.forward(problem)
 
     def backward_in_graph(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
-        if any(map(_unknown, arguments)):
+        if stays_an_op(arguments):
             return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "backward", engine) if dlse is None else None

@@ -71,10 +71,10 @@ def attention(
     lse: Tensor
     if bias is None:
         options = arguments.seeded(options, ops.check_dense, q, k, v)
-        out, lse = ops.attention(q, k, v, *options, engines.requested())
+        out, lse = ops.attention(q, k, v, *arguments.of_op(q, options, engines.requested()))
     else:
         options = arguments.seeded(options, ops.check_biased, q, k, v, bias)
-        out, lse = ops.biased_attention(q, k, v, bias, *options, engines.requested())
+        out, lse = ops.biased_attention(q, k, v, bias, *arguments.of_op(q, options, engines.requested()))
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
@@ -127,7 +127,7 @@ def varlen_attention(
     options = arguments.seeded(options, ops.check_packed, q, k, v, *packing)
     out: Tensor
     lse: Tensor
-    out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
+    out, lse = ops.varlen_attention(q, k, v, *packing, *arguments.of_op(q, options, engines.requested()))
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
