@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compiled_fa
 from compiled_fa import messages
-from compiled_fa.engines import fused, sdpa_cpu, split_kv, tiled
-from compiled_fa.engines.fused import attention as fused_attention
+from compiled_fa.engines import fused, nvidia, sdpa_cpu, split_kv, tiled
 from compiled_fa.engines.tiled import TileSizes
 from compiled_fa.problem import Direction, Problem
 from compiled_fa.scores import Window
@@ -224,8 +223,8 @@ def test_wrong_arguments(argument, given, says, kind):
 
 
 def test_engines_that_leave_it_say_so(monkeypatch):
-    monkeypatch.setattr(fused_attention, "capability_of", lambda device: (9, 0))
-    monkeypatch.setattr(fused_attention, "_missing", lambda capability: None)
+    monkeypatch.setattr(nvidia, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(nvidia, "_missing", lambda capability: None)
     q, k, _ = tensors(False)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     problem = Problem.of(q, k, k, None, bias=torch.zeros(1, 1, 9, 11), bias_gradient=True)
