@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 
-import compiled_fa
-
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # The function that each example is about.
 FUNCTIONS = {
+    "kernel_from_a_folder": "flash_attn_func",
+    "leaving_xformers": "flash_attn_varlen_func",
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
     "paged_decoding": "flash_attn_with_kvcache",
+    "parallel_llama": "flash_attn_func",
+    "ring_attention": "attention",
     "sdpa_block": "flash_attn_func",
     "train_compiled": "flash_attn_func",
     "transformers_padded": "flash_attn_varlen_func",
@@ -29,6 +31,8 @@ NEEDS = {"transformers_padded": "transformers"}
 
 # The module that calls the function, where it is not the example itself.
 CALLERS = {
+    "leaving_xformers": "compiled_fa.xformers_api.attention",
+    "ring_attention": "compiled_fa.context_parallel",
     "sdpa_block": "compiled_fa.scaled_dot_product",
     "transformers_padded": "compiled_fa.integrations.transformers",
 }
@@ -54,12 +58,13 @@ def test_example_runs_and_is_right(example):
 def test_example_notices_a_wrong_attention(example, monkeypatch, capsys):
     pytest.importorskip(NEEDS.get(example.stem, "torch"))
     name = FUNCTIONS[example.stem]
-    right = getattr(compiled_fa, name)
+    caller = importlib.import_module(CALLERS.get(example.stem, "compiled_fa"))
+    right = getattr(caller, name)
 
     def wrong(q: Any, *arguments: Any, **options: Any) -> Any:
         return right(1.03 * q, *arguments, **options)
 
-    monkeypatch.setattr(importlib.import_module(CALLERS.get(example.stem, "compiled_fa")), name, wrong)
+    monkeypatch.setattr(caller, name, wrong)
     program = runpy.run_path(str(example))
     assert program["main"]() == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("WRONG")

@@ -24,6 +24,7 @@ from compiled_fa.tuning import FlexOptions, TileOptions
 from tools import turing_report
 from tools.offline.figures import Figures, figures_of_launch
 from tools.offline.own_kernels import KERNELS, TERMS, compile_launch, launch_of
+from tools.offline.provenance import provenance
 
 ROOT = turing_report.ROOT
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -134,9 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("| " + " | ".join([str(kernel), *turing_report.cells(options, _as_json(result))]) + " |", flush=True)
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(
-            json.dumps({**turing_report.provenance("tools.own_kernels"), "rows": rows}, indent=1) + "\n"
-        )
+        asked.json.write_text(json.dumps({**provenance("tools.own_kernels"), "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -11,7 +11,6 @@ counting no multiply-add twice; latency, and whatever is outside the loops, come
 import argparse
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
 import hashlib
 import itertools
@@ -19,8 +18,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +40,7 @@ from tools.offline.engine_kernels import (
     all_kernels,
 )
 from tools.offline.figures import SHARED, SUB_CORES, Figures, measure
+from tools.offline.provenance import provenance
 
 Traffic = Callable[[Kernel], Mapping[str, float]]  # bytes that a kernel moves, by what they are
 ROOT = pathlib.Path(__file__).parents[1]
@@ -356,21 +354,6 @@ def candidate_text(candidate: Mapping[str, Any]) -> str:
         f"{_options_text(candidate['options'])}: {figures['spills']} spills, {figures['registers']} registers, "
         f"{_kilobytes(figures)}, {figures['blocks_per_sm']} blocks/SM, {_peak(figures)} of peak"
     )
-
-
-def provenance(tool: str) -> dict[str, Any]:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout.strip()
-
-    return {
-        "command": shlex.join(["python", "-m", tool, *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "device": "none: compiled for sm_75",
-    }
 
 
 if __name__ == "__main__":

@@ -55,10 +55,8 @@ class Route(NamedTuple):
         """-> out, lse."""
         return self._served(lambda engine: engine.forward(self.problem))
 
-    def backward(
-        self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> dq, dk, dv."""
+    def backward(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, ...]:
+        """-> dq, dk, dv; and dbias where it is wanted."""
         return self._served(lambda engine: engine.backward(self.problem, dout, out, lse, dlse))
 
     def _served(self, by: Callable[[Engine], Results]) -> Results:

@@ -32,7 +32,7 @@ class Compiled:
     shared: int  # bytes a block
     ttgir: str
     ptx: str
-    sass: str
+    sass: str  # with the encoding
     cubin: bytes
 
     def count(self, *opcodes: str) -> int:
@@ -133,7 +133,7 @@ def compile_ast(source: ASTSource, turing: bool, options: Mapping[str, Any], tar
         file.write(cubin)
         file.flush()
         usage = _tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _tool(knobs.nvidia.nvdisasm.path, file.name)
+        sass = _tool(knobs.nvidia.nvdisasm.path, "-hex", file.name)
     return Compiled(
         name=binary.metadata.name,
         num_warps=binary.metadata.num_warps,

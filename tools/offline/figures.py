@@ -95,13 +95,16 @@ def measure(spec: Spec, *, turing: bool) -> Figures:
 
 
 def figures_of(spec: Spec, compiled: Compiled) -> Figures:
+    return figures(compiled, kinds_of_loops(spec))
+
+
+def kinds_of_loops(spec: Spec) -> list[tuple[str, int, int]]:
+    """Of a kernel of the template, in the order of its code: name, scores of a tile, multiply-adds of a score."""
     d, d_v, size = spec.head_dim, spec.head_dim_v, dict(spec.options)
     if spec.direction == "forward":
-        kinds = [("out", size["BLOCK_M"] * size["BLOCK_N"], d + d_v)] * 2
-    else:
-        kinds = [("dk dv", size["BLOCK_M1"] * size["BLOCK_N1"], 2 * d + 2 * d_v)] * 2
-        kinds += [("dq", size["BLOCK_M2"] * size["BLOCK_N2"], 2 * d + d_v)] * 2
-    return figures(compiled, kinds)
+        return [("out", size["BLOCK_M"] * size["BLOCK_N"], d + d_v)] * 2
+    of_keys = "dk dv", size["BLOCK_M1"] * size["BLOCK_N1"], 2 * d + 2 * d_v
+    return [of_keys] * 2 + [("dq", size["BLOCK_M2"] * size["BLOCK_N2"], 2 * d + d_v)] * 2
 
 
 def figures_of_launch(launch: Launch, compiled: Compiled) -> Figures:
@@ -114,7 +117,7 @@ def figures_of_launch(launch: Launch, compiled: Compiled) -> Figures:
 
 
 def figures(compiled: Compiled, kinds: Sequence[tuple[str, int, int]]) -> Figures:
-    """kinds: of the loops over tiles, in the order of the code: name, scores of a tile, multiply-adds of a score."""
+    """kinds: of its loops over tiles, as of `kinds_of_loops`."""
     return Figures(
         hmma=compiled.hmma,
         ffma=compiled.ffma,

@@ -41,14 +41,14 @@ def own_on_ptx(
     """
     from tools.offline import own_kernels
 
-    from .engine import argument
+    from .tensors import as_argument
 
     launches: list[Executed] = []
 
     def run(launch: Launch) -> list[Tensor]:
         compiled = own_kernels.compile_launch(launch, turing=turing)
         ptx = edit(compiled.ptx)
-        arguments = {name: argument(value) for name, value in own_kernels.parameters(launch).items()}
+        arguments = {name: as_argument(value) for name, value in own_kernels.parameters(launch).items()}
         blocks: Any = [(x, 0, 0) for x in range(launch.programs)]
         counters = execute(
             ptx,

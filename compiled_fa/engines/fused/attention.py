@@ -16,7 +16,7 @@ from ...scores import Dropout
 from ...scores.dropout import threshold as dropout_threshold
 from .. import nvidia
 from . import kernels, tables
-from .blocks import BLOCK
+from .blocks import BLOCK, stored
 from .flex import SMALLEST_HEAD_DIM, Graph
 from .kernels import Spec, canonical
 from .mods import Features, Layout
@@ -34,6 +34,8 @@ def unsupported_reason(
         return reason
     capability = nvidia.capability_of(device)
     if problem is not None:
+        if direction == "backward" and problem.bias_gradient:
+            return "its kernel would add to a bias's gradient in an order that changes from run to run"
         if problem.q.dtype == torch.float64:
             return "it computes in fp32, and these are fp64"
         largest = max(problem.q.shape[-1], problem.v.shape[-1])
@@ -59,7 +61,8 @@ def _extents(problem: Problem, direction: Direction) -> list[int]:
         gathered = math.prod(packed.block_table.shape) * k.shape[1]
     columns = max(q.shape[-1], v.shape[-1], SMALLEST_HEAD_DIM)
     made = [queries * q.shape[-2] * columns, *(rows * k.shape[-2] * columns for rows in (keys, gathered))]
-    return [*map(_extent, (q, k, v)), *made]
+    given = (q, k, v) if problem.bias is None else (q, k, v, problem.bias)
+    return [*map(_extent, given), *made]
 
 
 def _extent(x: Tensor) -> int:
@@ -95,7 +98,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv. Probabilities come from the lse given, which may be merged over more keys than these."""
+    """-> dq, dk, dv. Probabilities come from the lse given, which may be merged over more keys than these. A bias's
+    gradient is not to be had."""
     if _nothing_to_see(problem):
         return torch.zeros_like(problem.q), torch.zeros_like(problem.k), torch.zeros_like(problem.v)
     given = {"dout": dout, "out": out, "lse": lse.contiguous()}
@@ -123,6 +127,7 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
     if is_traced(q):
         # All of it becomes part of someone's graph, numbers as they are.
         given |= {**tables.traced(problem, layout), **_numbers(problem, features)}
+        given |= {"bias": stored(given["bias"])} if features.bias else {}
         return Graph(direction, features, _divisible(problem, layout), options)(given)
     wide = {name: canonical(x) for name, x in given.items() if name in WIDE}
     stream = tables.stream_of(device)
@@ -141,13 +146,21 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
         "pages" in given,
         "skipped" in given,
         "dlse" in given,
+        None if problem.bias is None else problem.bias.dtype,
     )
     return kernels.run(spec, given)
 
 
 def _features(problem: Problem, layout: Layout) -> Features:
     dropout = problem.dropout_p > 0.0 and problem.dropout_seed is not None
-    return Features(problem.softcap > 0.0, problem.alibi_slopes is not None, dropout, layout)
+    bias = () if problem.bias is None else _varying(problem.bias)
+    return Features(problem.softcap > 0.0, problem.alibi_slopes is not None, dropout, layout, bias)
+
+
+def _varying(bias: Tensor) -> tuple[bool, ...]:
+    """With which of its dimensions it varies."""
+    sides = zip(bias.shape, bias.stride(), strict=True)
+    return tuple(not (is_known(size == 1) or is_known(stride == 0)) for size, stride in sides)
 
 
 def _numbers(problem: Problem, features: Features) -> dict[str, Any]:
@@ -164,6 +177,9 @@ def _of_the_call(problem: Problem, features: Features) -> dict[str, Tensor]:
     given = {}
     if problem.alibi_slopes is not None:
         given["alibi_slopes"] = problem.alibi_slopes.expand(problem.batch, -1).contiguous()
+    if problem.bias is not None:
+        bias = problem.bias[tuple(slice(None) if varies else 0 for varies in features.bias)]
+        given["bias"] = bias if not bias.dim() or is_known(bias.stride(-1) == 1) else bias.contiguous()
     if features.dropout and problem.dropout_seed is not None:
         given["seed"] = Dropout.of(problem.dropout_p, problem.dropout_seed).seed
     if problem.packed is not None and problem.packed.block_table is not None:

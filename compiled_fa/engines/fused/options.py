@@ -46,6 +46,6 @@ def largest_head_dim(dtype: torch.dtype, capability: tuple[int, int]) -> int:
 
 def _feature_class(features: Features) -> str:
     """What of the features costs registers, and cycles of other units than the tensor cores."""
-    if features.alibi or features.softcap or features.dropout:
+    if features.alibi or features.softcap or features.dropout or features.bias:
         return "many"
     return "dense" if features.layout == "dense" else "packed"

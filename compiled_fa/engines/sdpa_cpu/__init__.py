@@ -41,6 +41,8 @@ def unsupported_reason(
         return None
     if problem.softcap or problem.alibi_slopes is not None or problem.dropout_p:
         return "its kernel has no softcap, ALiBi or dropout of ours"
+    if problem.bias is not None:
+        return "it has no bias"
     if problem.window_in_force not in (EVERYTHING, CAUSAL):
         return "its kernel has no window but causal"
     if not problem.softmax_scale > 0.0:

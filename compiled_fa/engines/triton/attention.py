@@ -29,6 +29,8 @@ def unsupported_reason(
             return "it computes in fp32, and these are fp64"
         if problem.packed is not None and problem.packed.block_table is not None:
             return "its kernels do not read keys in pages"
+        if problem.bias is not None:
+            return "its kernels add no bias"
         largest = max(problem.q.shape[-1], problem.v.shape[-1])
         if largest > (most := largest_head_dim(dtype, capability)):
             memory = f"{nvidia.shared_memory(capability)} KB of shared memory"
