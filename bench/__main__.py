@@ -29,12 +29,12 @@ SUITES = (*RACES, "models", "latency", "serve", "memory", "compile", "choice")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
 classes (of CPUs: a case of each kind), published (the shapes of flash-attention's README, for a GPU), tiles (the tiled
-engine, for a GPU without a fused one), latency (what a short call costs: the host, the device, launches, eagerly,
-compiled and in a CUDA graph), models (layers of models: a Llama's of transformers, the same on packed sequences, a ViT
-block, a UNet's attention block; ours by each road beside eager and SDPA attention), serve (requests that come and go,
-on pages and on padded rows), memory (peaks, each in a process of its own), compile (first use in a new process, cache
-cold and warm), choice (random calls on a CPU: how much slower is auto than the fastest engine? --calls of them, of
---seed; the first time they compile for minutes).
+engine, for a GPU without a fused one), kernels (of our own beside flex_attention's, for a GPU), latency (what a short
+call costs: the host, the device, launches, eagerly, compiled and in a CUDA graph), models (layers of models: a Llama's
+of transformers, the same on packed sequences, a ViT block, a UNet's attention block; ours by each road beside eager and
+SDPA attention), serve (requests that come and go, on pages and on padded rows), memory (peaks, each in a process of its
+own), compile (first use in a new process, cache cold and warm), choice (random calls on a CPU: how much slower is auto
+than the fastest engine? --calls of them, of --seed; the first time they compile for minutes).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 
 
