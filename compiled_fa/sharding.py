@@ -11,8 +11,8 @@ or nothing. A bias is sharded by those of these that it has, and is whole along 
 and moves the rest: keys that are sharded by length are gathered. With dropout nothing is sharded, since what is dropped
 depends on the numbers of sequences, rows and heads.
 
-Rules are registered as soon as torch.distributed.tensor is imported, by its experimental register_sharding. Private API:
-mesh and tensor_meta of what that gives a rule for a tensor, tried with torch 2.11.0, 2.13.0 and 2.14.1.
+Rules are registered as soon as torch.distributed.tensor is imported, by its experimental register_sharding. Private
+API: mesh and tensor_meta of what that gives a rule for a tensor, tried with torch 2.11.0, 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations
