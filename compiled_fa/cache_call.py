@@ -181,7 +181,7 @@ class CacheCall:
             return self.unread_problem(options, num_splits)
         if (alike := self._as_dense(options)) is not None:
             return alike
-        lengths = self._host_lengths
+        lengths = self.host_lengths
         cu_seqlens_k = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
         return self._in_pages(cu_seqlens_k, max(lengths, default=0), options)
 
@@ -218,7 +218,7 @@ class CacheCall:
         return _of_tensors.get(of, whole, make) if of else _of_numbers.get(whole, make)
 
     @functools.cached_property
-    def _host_lengths(self) -> list[int]:
+    def host_lengths(self) -> list[int]:
         new = self.seqlen_new
         return [seqlen + new - pad for seqlen, pad in zip(self.host_before, self.host_leftpad, strict=True)]
 
@@ -227,7 +227,7 @@ class CacheCall:
         batch = self.batch
         if not batch or self.table.shape[1] != 1:
             return None
-        (length, *lengths), (pad, *pads), (page, *pages) = self._host_lengths, self.host_leftpad, self.host_first_page
+        (length, *lengths), (pad, *pads), (page, *pages) = self.host_lengths, self.host_leftpad, self.host_first_page
         if not length:  # its page may be any number
             return None
         consecutive = all(other == page + n for n, other in enumerate(pages, 1))

@@ -92,6 +92,17 @@ class Dot:
         )
 
 
+def may_be_prefetched(module: Module) -> bool:
+    """Whether Triton's prefetch pass may have the kernel: no dot's operands are of single bytes.
+
+    The pass loads a part of the next iteration's operands from shared memory before this one's dot, and carries it
+    around the loop. LLVM carries it element by element, a register each: int8 takes four times the registers that it
+    has, next to an accumulator that leaves no room, and instructions to take it apart and put it together again.
+    """
+    operations = (operation for operation in module.operations() if operation.name == "tt.dot")
+    return all(Dot.of(operation).elements != ("i8", "i8", "i32") for operation in operations)
+
+
 def may_write(operation: Operation) -> bool:
     """Whether the operation, its regions aside, may write memory or keep loads from moving over it."""
     if operation.name in _PURE_IF_SAID:

@@ -46,7 +46,7 @@ def turing_stage(backend: Any, options: Any, stock: Stage) -> Stage:
                 _warn(f"leaves a kernel without tensor cores: {reason}")
                 break
             try:
-                lowered = _lower(backend, options, str(prepared), most_stages, module.context, metadata)
+                lowered = _lower(backend, options, prepared, most_stages, module.context, metadata)
                 fits = triton_private.shared_bytes(lowered, module.context, options, CAPABILITY) <= SHARED_MEMORY
                 if fits or most_stages == 1:
                     _debug(text, f"its dots are on tensor cores, its loops have at most {most_stages} stages")
@@ -58,10 +58,13 @@ def turing_stage(backend: Any, options: Any, stock: Stage) -> Stage:
     return stage
 
 
-def _lower(backend: Any, options: Any, text: str, most_stages: int, context: Any, metadata: dict[str, Any]) -> str:
-    module = triton_private.parse_module(text, context)
+def _lower(
+    backend: Any, options: Any, prepared: ir_text.Module, most_stages: int, context: Any, metadata: dict[str, Any]
+) -> str:
+    module = triton_private.parse_module(str(prepared), context)
     options = dataclasses.replace(options, num_stages=min(options.num_stages, most_stages))
-    ampere = backend.make_ttgir(module, metadata, options, _AMPERE)
+    prefetch = dots.may_be_prefetched(prepared)
+    ampere = triton_private.make_ttgir(backend, module, metadata, options, _AMPERE, prefetch)
     lowered = ir_text.parse(str(ampere))
     pipeline.without_async_copies(lowered)
     _mark_as_turing(lowered)

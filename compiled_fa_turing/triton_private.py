@@ -7,6 +7,7 @@ says what is not there, rather than later inside a compilation.
 import importlib
 import os
 import tempfile
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,31 @@ def parse_module(text: str, context: Any) -> Any:
         module = ir.parse_mlir_module(path, context)
     module.context = context
     return module
+
+
+class _Replaced:
+    """A namespace in which one thing is another."""
+
+    def __init__(self, original: Any, name: str, new: Any):
+        self._original = original
+        setattr(self, name, new)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def make_ttgir(backend: Any, module: Any, metadata: Any, options: Any, capability: int, prefetch: bool) -> Any:
+    """Triton's own lowering from TTIR to TTGIR; prefetch: with its pass of that name, where it has one.
+
+    The pass is left out of a copy of Triton's function, so that other threads keep it.
+    """
+    lower = backend.make_ttgir
+    passes: Any = getattr(lower, "__globals__", {}).get("passes")
+    if not prefetch and hasattr(getattr(passes, "ttgpuir", None), "add_prefetch"):
+        of_gpus = _Replaced(passes.ttgpuir, "add_prefetch", lambda _: None)
+        names = {**lower.__globals__, "passes": _Replaced(passes, "ttgpuir", of_gpus)}
+        lower = types.FunctionType(lower.__code__, names, lower.__name__, lower.__defaults__, lower.__closure__)
+    return lower(module, metadata, options, capability)
 
 
 def shared_bytes(text: str, context: Any, options: Any, capability: int) -> int:

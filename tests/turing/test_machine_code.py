@@ -35,7 +35,7 @@ def test_the_bound_of_every_unit():
         "fp32": 2 * 2,  # FMUL, IMAD
         "alu": 2 * 2,
         "mufu": 8,
-        "shared": 4 * (4 + 2 + 4),  # four sub-cores
+        "shared": 4 * 2 * (4 + 2 + 4),  # four sub-cores; 128 bytes take two cycles
         "issue": 12,
     }
     assert loop.counts["HMMA"] == 2
@@ -70,9 +70,9 @@ def test_two_branches_to_one_label_are_one_loop():
     ("text", "unit", "cycles"),
     [
         ("IMMA.8816.S8.S8.SAT R4, R2.ROW, R3.COL, R4", "tensor", 4),
-        ("LDS.U.64 R4, [R2]", "shared", 8),
-        ("LDSM.16.M88 R4, [R2]", "shared", 4),
-        ("STS [R2], R4", "shared", 4),
+        ("LDS.U.64 R4, [R2]", "shared", 16),
+        ("LDSM.16.M88 R4, [R2]", "shared", 8),
+        ("STS [R2], R4", "shared", 8),
         ("MUFU.RCP R4, R2", "mufu", 8),
         ("FMNMX R4, R2, R3, !PT", "alu", 2),
     ],

@@ -7,8 +7,9 @@ leave.
 
 Rates, for a T4: HMMA.1688 is 1024 multiply-adds at 128 a cycle; IMMA.8816 twice as fast; FP32, IMAD and ALU
 instructions take 16 lanes two cycles, special functions and conversions between float widths (F2F) 4 lanes eight;
-shared memory gives 128 bytes a cycle (shuffles, which use its data path, are not counted). GeForce cards accumulate
-HMMA in fp32 at half that rate.
+shared memory gives 64 bytes a cycle, half of Volta's: each of its 32 banks 4 bytes every second cycle (Jia et al.,
+Dissecting the NVidia Turing T4 GPU via Microbenchmarking, arXiv 1903.07486; shuffles, which use its data path, are not
+counted). GeForce cards accumulate HMMA in fp32 at half the rate.
 """
 
 import collections
@@ -16,8 +17,12 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 
+from tools.offline.control import Control, decode
+
 UNITS = ("tensor", "fp32", "alu", "mufu", "shared", "issue")
-_SUB_CORES = 4
+SUB_CORES = 4
+LANES = 32
+SHARED_BYTES = 64  # a cycle, of an SM's shared memory
 _TENSOR = {"HMMA.1688": 8, "IMMA.8816": 4}
 _FP32 = {"FADD", "FFMA", "FMUL", "IMAD"}
 _ALU = {
@@ -32,6 +37,7 @@ _INSTRUCTION = re.compile(
     r"^\s*(?:/\*[0-9a-f]{4,}\*/)?\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][A-Z0-9_]*)(?P<modifiers>(?:\.\w+)*)"
     r"(?P<operands>\s[^;]*)?;"
 )
+_UPPER = re.compile(r"^\s*/\* 0x(?P<upper>[0-9a-f]{16}) \*/\s*$")
 _TARGET = re.compile(r"\(\.(L\w+)\)")
 
 
@@ -40,6 +46,7 @@ class Instruction:
     opcode: str  # "HMMA"
     modifiers: str  # ".1688.F32"
     operands: str
+    control: Control | None = None  # where the text has the encoding
 
     @property
     def cycles(self) -> tuple[str, int] | None:
@@ -55,12 +62,12 @@ class Instruction:
         if self.opcode in _MUFU:
             return "mufu", 8
         if self.opcode in _SHARED:
-            return "shared", _SUB_CORES * self._words
+            return "shared", SUB_CORES * self.words * LANES * 4 // SHARED_BYTES
         return None
 
     @property
-    def _words(self) -> int:
-        """Words of 4 bytes a lane that it moves, which is how many times 128 bytes."""
+    def words(self) -> int:
+        """Words of 4 bytes a lane that it moves between registers and a memory."""
         if self.opcode == "LDSM":
             return int(self.modifiers[-1]) if self.modifiers[-1] in "24" else 1
         return 4 if ".128" in self.modifiers else 2 if ".64" in self.modifiers else 1
@@ -95,7 +102,8 @@ class Loop:
 def inner_loops(sass: str) -> list[Loop]:
     """The loops of a kernel that contain no other loop, in the order of the code.
 
-    `sass` is what nvdisasm prints of a cubin. The endless branch that ends a kernel is no loop.
+    `sass` is what nvdisasm prints of a cubin, with the encoding (-hex) or without. The endless branch that ends a
+    kernel is no loop.
     """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -104,6 +112,8 @@ def inner_loops(sass: str) -> list[Loop]:
             labels[label[1]] = len(instructions)
         elif match := _INSTRUCTION.match(line):
             instructions.append(Instruction(match["opcode"], match["modifiers"], match["operands"] or ""))
+        elif (encoding := _UPPER.match(line)) and instructions:
+            instructions[-1] = dataclasses.replace(instructions[-1], control=decode(int(encoding["upper"], 16)))
     spans = list(_backward(instructions, labels))
     inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
     return [Loop(tuple(instructions[first : last + 1])) for first, last in inner]

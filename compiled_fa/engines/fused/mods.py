@@ -38,6 +38,7 @@ class Features:
     alibi: bool = False
     dropout: bool = False
     layout: Layout = "dense"
+    bias: tuple[bool, ...] = ()  # whether it varies with the sequence, head, query and key; (): there is none
     heads_per_key: int = 1
 
     def score_buffers(self, dropping: bool) -> tuple[str, ...]:
@@ -49,6 +50,7 @@ class Features:
         names += ["owner", "member"] if self.alibi and self.layout == "paged" else []
         names += ["low", "high", "threshold"] if dropping else []
         names += ["key_start"] if dropping and self.layout != "dense" else []
+        names += ["bias"] if self.bias else []
         return tuple(names)
 
 
@@ -62,8 +64,8 @@ class Mods:
     dropping: do scores drop? constants: numbers of the score program that no buffer holds: they become code.
 
     softmax_scale, softcap: fp32 (). alibi_slopes: (sequences, nheads). low, high: int32 (batch, nheads, rows), of
-    Dropout.row. threshold: int32 (). lse, in base 2, and delta: (batch, nheads, rows). owner, member: pages.py. The
-    others: RowTables.
+    Dropout.row. threshold: int32 (). bias: of the dimensions with which it varies, of those of (batch, nheads, rows,
+    columns). lse, in base 2, and delta: (batch, nheads, rows). owner, member: pages.py. The others: RowTables.
     """
 
     features: Features
@@ -98,7 +100,15 @@ class Mods:
             elif self.features.layout == "paged":
                 sequence = given["owner"][batch]
                 head = head * self.features.heads_per_key + given["member"][batch, row]
-        return self._program(given).score(product, sequence, head, position, column)
+        bias = self._bias(given, batch, head, row, column)
+        return self._program(given).score(product, sequence, head, position, column, bias)
+
+    def _bias(self, given: dict[str, Any], batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor | None:
+        if not self.features.bias:
+            return None
+        at = zip((batch, head, row, column), self.features.bias, strict=True)
+        bias: Tensor = given["bias"]
+        return bias[tuple(index for index, varies in at if varies)] if any(self.features.bias) else bias
 
     def _keep(self, given: dict[str, Any], batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """Dropout's decision, from what is common to a row: hashed once a row, outside the kernel."""

@@ -25,10 +25,11 @@ from ...problem import Cached, Packed, Problem, once_a_call
 from ...scores import Window
 from ...scores.arguments import UNBOUNDED
 from ...tuning import FlexOptions
+from ..nvidia import capability_of, processors
 from . import list_order
 from .blocks import Sequences, Size, at, bounded, contiguous, query_rows
 from .flex import SMALLEST_HEAD_DIM
-from .options import capability_of, options_for_pages, processors
+from .options import options_for_pages
 
 FEWEST_KEYS = 16  # of a tile: tl.dot takes no less
 BLOCKS_A_PROCESSOR = 2  # that read at once, so that one of them waits for memory while the other computes
