@@ -18,7 +18,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FUNCTIONS = {
     "deepspeed_zero": "flash_attn_func",
     "gpt2_trainer": "flash_attn_varlen_func",
-    "megatron_gpt": "flash_attn_func",
+    "megatron_gpt": "attention",
     "kernel_from_a_folder": "flash_attn_func",
     "leaving_xformers": "flash_attn_varlen_func",
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
