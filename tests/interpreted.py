@@ -80,9 +80,28 @@ def rows_of_nobody() -> str:
     return "" if all(right + rest) else f"out, lse, dq, dk, dv: {right}, behind them {rest}"
 
 
+def larger_than_32_bits() -> str:
+    """Keys that lie within more than 2**31 elements, of which few are ever touched."""
+    data = make(Case(**{**SHAPE, "lengths": ((3, 270),), "dense": True}))
+    problem = data.problem()
+    expected = triton.forward(problem)
+    gradients = triton.backward(problem, data.batched(data.dout), *expected)
+    stride = 1 << 23
+    far = torch.empty(270 * stride, dtype=problem.k.dtype).as_strided(problem.k.shape, (270 * stride, stride, 16, 1))
+    far.copy_(problem.k)
+    longer = replace(problem, k=far)
+    out, lse = triton.forward(longer)
+    found = (out, lse, *triton.backward(longer, data.batched(data.dout), out, lse))
+    alike = [torch.equal(x, y) for x, y in zip(found, (*expected, *gradients), strict=True)]
+    return "" if all(alike) else f"out, lse, dq, dk, dv are alike: {alike}"
+
+
+MORE = {"views": views, "rows of nobody": rows_of_nobody, "larger than 32 bits": larger_than_32_bits}
+
+
 def main() -> None:
     results = {name: found(make(Case(**{**SHAPE, **fields}))) for name, fields in CASES.items()}
-    print(json.dumps({**results, "views": views(), "rows of nobody": rows_of_nobody()}))
+    print(json.dumps({**results, **{name: case() for name, case in MORE.items()}}))
 
 
 if __name__ == "__main__":

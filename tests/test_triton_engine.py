@@ -6,17 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import interpreted
 import pytest
 import torch
+from support import Case, check_against_float64, make, run_op
+from test_fused_cost import Ops
 
-from compiled_fa.engines import CannotServeError
-from compiled_fa.engines.triton import printing, program
+from compiled_fa import engines, messages
+from compiled_fa.engines import CannotServeError, fused, nvidia, triton
+from compiled_fa.engines.triton import launching, printing, program
 from compiled_fa.engines.triton.printing import Level
 from compiled_fa.engines.triton.program import Terms
+from compiled_fa.problem import Direction, Packed, Problem
 
 TESTS = Path(__file__).parent
 
@@ -41,9 +46,92 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", [*interpreted.CASES, "views", "rows of nobody"])
+@pytest.mark.parametrize("name", [*interpreted.CASES, *interpreted.MORE])
 def test_interpreted_it_agrees_with_float64(outcomes: dict[str, str], name: str) -> None:
     assert outcomes[name] == ""
+
+
+# ------------------------------------------------------------------------------------------- which calls, and what else
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of Triton kernels serve tensors of any device."""
+    monkeypatch.setattr(nvidia, "unsupported_reason", lambda device: None)
+    monkeypatch.setattr(nvidia, "capability_of", lambda device: nvidia.TURING)
+    monkeypatch.setattr(messages, "_said", set())
+
+
+def served(problem: Problem, direction: Direction = "forward") -> str:
+    return engines.select(problem, direction).engine.name
+
+
+def test_it_serves_dropout_and_what_is_too_large_for_32_bits(
+    as_on_a_gpu: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    dropping = make(Case(((9, 9),), True, dtype=torch.float16, dropout_p=0.1)).problem()
+    assert (served(dropping), served(dropping, "backward")) == ("triton", "triton")
+    assert served(replace(dropping, dropout_seed=None)) == "fused"
+    assert not caplog.records  # to leave a call to another is no second choice
+    large = torch.empty(1, 1 << 19, 64, 64, dtype=torch.float16, device="meta")
+    assert served(Problem.of(large, large, large, None)) == "triton"
+    assert "not fused: it indexes tensors" in caplog.text
+    pages = torch.empty(5, 16, 2, 8, dtype=torch.float16)
+    sums = torch.tensor([0, 9], dtype=torch.int32)
+    paged = Packed(sums, sums.clone(), 9, 9, torch.zeros(1, 1, dtype=torch.int32))
+    q = torch.empty(9, 2, 8, dtype=torch.float16)
+    assert served(Problem.of(q, pages, pages, paged, dropout_p=0.1, dropout_seed=torch.zeros(1).long())) == "fused"
+
+
+def test_what_it_does_not_serve_it_says(as_on_a_gpu: None) -> None:
+    def reason(dtype: torch.dtype, head_dim: int) -> str | None:
+        q = torch.empty(1, 4, 2, head_dim, dtype=dtype)
+        return triton.unsupported_reason(q.device, Problem.of(q, q, q, None))
+
+    assert reason(torch.float16, 256) is None
+    assert "end at head_dim 256, and this is 257" in (reason(torch.float16, 257) or "")
+    assert "end at head_dim 128, and this is 129" in (reason(torch.float32, 129) or "")
+    assert "these are fp64" in (reason(torch.float64, 8) or "")
+
+
+def test_another_engine_serves_in_place_of_kernels_that_cannot_be_launched(
+    as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fused is the first to be asked, and here cannot either."""
+    monkeypatch.setattr(nvidia, "prepare", lambda *_: None)
+
+    def too_large(*_: Any) -> None:
+        raise CannotServeError("out of resource: shared memory")
+
+    monkeypatch.setattr(launching, "run", too_large)
+    monkeypatch.setattr(fused, "forward", too_large)
+    monkeypatch.setattr(fused, "backward", too_large)
+    data = make(Case(((9, 9),), True, dropout_p=0.3))
+    for _ in range(2):
+        check_against_float64(data, run_op(data))
+    assert caplog.text.count("in place of triton, which cannot: out of resource: shared memory") == 1
+    with pytest.raises(RuntimeError, match=r"asked for and cannot serve .* shared memory"):
+        run_op(data, engine="triton")
+
+
+def test_a_call_is_its_launches_and_allocates_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its features: no table, no copy."""
+    pytest.importorskip("triton")
+    from tools.offline.own_kernels import noted
+
+    data = make(Case(((9, 9), (0, 4)), dtype=torch.float16, dropout_p=0.3, softcap=2.0, slopes="heads"))
+    problem = data.problem()
+    with noted() as launches, Ops() as ops:
+        out, lse = triton.forward(problem)
+        triton.backward(problem, data.dout, out, lse, data.dlse)
+    assert [launch.kernel.function for launch in launches] == [
+        "attention_forward",
+        "attention_backward_queries",
+        "attention_backward_keys",
+    ]
+    # The seed's two halves are views, and so are slopes for each sequence.
+    assert set(ops.found) <= {"empty", "empty_like", "new_empty", "view", "expand", "detach"}
+    assert sum(ops.found[name] for name in ("empty", "empty_like", "new_empty")) == 2 + 4
 
 
 # ------------------------------------------------------------------------------------ the score program as Triton code

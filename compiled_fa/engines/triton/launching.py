@@ -6,6 +6,7 @@ A kernel is compiled for a dtype, head_dims, a set of terms, whether rows are pa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -149,12 +150,19 @@ def run(launch: Launch) -> list[Tensor]:
     failures = _failures.get((launch.kernel, launch.terms, q.dtype, q.device, kind), list)
     if not failures:
         try:
-            function[grid](**launch.keywords)
+            with _current(q.device):
+                function[grid](**launch.keywords)
             return results
         except Exception as error:  # shared memory that the device does not have is an error of many kinds
             name = f"{launch.kernel.function} for head_dim {q.shape[-1]}"
             failures.append(f"{name} could not be launched ({type(error).__name__}: {error})")
     raise CannotServeError(failures[0])
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whichever the tensors are on."""
+    here = device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+    return contextlib.nullcontext() if here else torch.cuda.device(device)
 
 
 def columns(head_dim: int) -> int:

@@ -17,6 +17,7 @@ from . import program
 from .program import Terms
 
 _modules: Cache[tuple[str, Terms], types.ModuleType] = Cache("kernels by the terms of a score", entries=16)
+_texts: Cache[Terms, str] = Cache("score programs as Triton code", entries=8)
 
 
 def module(name: str, terms: Terms) -> Any:
@@ -25,13 +26,13 @@ def module(name: str, terms: Terms) -> Any:
     def load() -> types.ModuleType:
         # A thread of its own: to trace the score program is no part of what the caller's thread may be tracing.
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(_load, name, terms).result()
+            return _load(name, terms, _texts.get(terms, lambda: pool.submit(program.text, terms).result()))
 
     return _modules.get((name, terms), load)
 
 
-def _load(name: str, terms: Terms) -> types.ModuleType:
-    functions = _functions(terms)
+def _load(name: str, terms: Terms, text: str) -> types.ModuleType:
+    functions = _functions(terms, text)
     place = importlib.util.find_spec(f"{__package__}.{name}")
     if place is None or place.origin is None:
         raise ImportError(f"the kernels' source, {name}.py, is not beside this module")
@@ -44,9 +45,8 @@ def _load(name: str, terms: Terms) -> types.ModuleType:
     return found
 
 
-def _functions(terms: Terms) -> dict[str, Any]:
+def _functions(terms: Terms, text: str) -> dict[str, Any]:
     """The score program's functions, by name."""
-    text = program.text(terms)
     filename = f"<compiled_fa score program: {terms.words}>"
     linecache.cache[filename] = len(text), None, text.splitlines(keepends=True), filename
     namespace: dict[str, Any] = {"__name__": f"{__package__}.printed"}
