@@ -20,7 +20,7 @@ check *arguments:
 
 # all tests, or those named
 test *arguments:
-    {{python}} -m pytest {{arguments}}
+    {{python}} -m pytest -n auto --dist loadfile {{arguments}}
 
 # all three must be clean
 lint:

@@ -121,7 +121,7 @@ class Inputs(testing.Inputs[Case]):
             return None
         return visible_keys(seqlen_q, seqlen_k, self.case.causal, self.case.window_size, self.device)
 
-    def bias(self, seqlen_q: int, seqlen_k: int) -> Tensor | None:
+    def alibi_bias(self, seqlen_q: int, seqlen_k: int) -> Tensor | None:
         """What is added to the scores, (H, Sq, Sk) in the case's dtype; None: nothing."""
         if self.alibi_slopes is None:
             return None

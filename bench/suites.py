@@ -139,6 +139,26 @@ def tiles(quick: bool) -> list[Entry]:
     return entries
 
 
+def kernels(quick: bool) -> list[Entry]:
+    """For a GPU: kernels of our own beside flex_attention's, in our engine and by itself, and PyTorch's own. Where they
+    are not slower, forward and backward, they should serve (compiled_fa/engines/fused/attention.py, `defers`)."""
+    long = 192 if quick else 4096
+    drawn = random.Random(0)
+    packed = [drawn.randint(5, 80) if quick else drawn.randint(105, 1004) for _ in range(5 if quick else 64)]
+    many = [drawn.randint(1, 64) for _ in range(12 if quick else 2000)]
+    of_ours = ("ours", "ours fused", "ours triton")
+    entries = []
+    for options in _options(head_dim=(64,) if quick else (64, 128), nheads_k=(8,) if quick else (16,)):
+        options["dtype"] = torch.float16
+        for masked in ({"causal": True}, {"causal": True, "window_size": (long // 4, 0)}, {"dropout_p": 0.1}):
+            case = Case.uniform(long, 1 if quick else 2, **options, **masked)
+            entries.append(Entry(case, (*of_ours, "SDPA", "SDPA flash", "flex")))
+        for lengths in (packed, many):
+            case = Case.packed(lengths, causal=True, **options)
+            entries.append(Entry(case, (*of_ours, "nested", "flex", "flash_attn")))
+    return entries
+
+
 def memory(quick: bool) -> list[Entry]:
     """Peaks beside inputs. The last case, one head at 262,144, is the scale that a score matrix forbids."""
     lengths = (512, 1024) if quick else (1024, 2048, 4096, 8192, 16384, 32768)
@@ -198,4 +218,5 @@ RACES: dict[str, Callable[[bool], list[Entry]]] = {
     "scale": scale,
     "published": published,
     "tiles": tiles,
+    "kernels": kernels,
 }

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import seed, validation
+from . import seed, sharding, validation
 from .problem import Options
 
 # Below half the resolution of a keep decision (2**-32) nothing is ever dropped. Some callers pass 1e-30.
@@ -111,10 +111,36 @@ def options(
     return Options(scale, validation.flag("causal", causal), left, right, cap, alibi_slopes, dropout_p)
 
 
+def of_op(q: Tensor, options: Options, engine: str) -> tuple[Any, ...]:
+    """What an op takes after its tensors. A number that compiled code knows only when it runs is an element of a tensor
+    there: an argument would be a number in the code, which would be compiled again for the next."""
+    numbers = options.softmax_scale, options.softcap, options.dropout_p
+    if not torch.compiler.is_compiling() or not any(map(_changes, numbers)):
+        return *options, engine
+    one = torch.ones((), dtype=torch.float64)  # a product with it stays a tensor; torch.tensor(number) does not
+    scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
+    tensor = torch.stack([one * number for number in (scale, options.softcap, options.dropout_p)])
+    # In their places numbers that say as much of the call as its code depends on.
+    known = options._replace(
+        softmax_scale=1.0, softcap=1.0 if options.softcap > 0.0 else 0.0, dropout_p=0.5 if options.dropout_p else 0.0
+    )
+    return *known, engine, tensor
+
+
+def _changes(number: float | None) -> bool:
+    """Has Dynamo found that a number changes from call to call? Private API, torch.fx.experimental: has_static_value,
+    tried with torch 2.11.0, 2.13.0 and 2.15.0."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and here it is
+
+    return number is not None and not has_static_value(number)
+
+
 def seeded(options: Options, check: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, *packing: Any) -> Options:
     """With a seed from the device's generator, where there is dropout; a call that is refused draws none."""
     if not options.dropout_p:
         return options
+    if sharding.is_distributed(q):
+        validation.refuse("dropout_p", "0 with DTensors, for which no seed is drawn", options.dropout_p)
     if not torch.compiler.is_compiling():
         check(q, k, v, *packing, *options._replace(dropout_p=0.0))
     return options._replace(dropout_seed=seed.drawn(q, k, v))

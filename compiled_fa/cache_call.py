@@ -151,7 +151,7 @@ class CacheCall:
             return self.unread_problem(options)
         if (alike := self._as_dense(options)) is not None:
             return alike
-        lengths = self._host_lengths
+        lengths = self.host_lengths
         cu_seqlens_k = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
         return self._in_pages(cu_seqlens_k, max(lengths, default=0), options)
 
@@ -170,7 +170,7 @@ class CacheCall:
         return Problem.of(self.q.flatten(0, 1), self.k_cache, self.v_cache, cached, *options)
 
     @functools.cached_property
-    def _host_lengths(self) -> list[int]:
+    def host_lengths(self) -> list[int]:
         new = self.seqlen_new
         return [seqlen + new - pad for seqlen, pad in zip(self.host_before, self.host_leftpad, strict=True)]
 
@@ -179,7 +179,7 @@ class CacheCall:
         batch = self.batch
         if not batch or self.table.shape[1] != 1:
             return None
-        (length, *lengths), (pad, *pads), (page, *pages) = self._host_lengths, self.host_leftpad, self.host_first_page
+        (length, *lengths), (pad, *pads), (page, *pages) = self.host_lengths, self.host_leftpad, self.host_first_page
         if not length:  # its page may be any number
             return None
         consecutive = all(other == page + n for n, other in enumerate(pages, 1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from compiled_fa_turing.config import TURING, Variable
 from compiled_fa_turing.config import add_to_python_path as add_to_python_path
 
-ENGINES = ("auto", "fused", "split_kv", "sdpa_cpu", "tiled")
+ENGINES = ("auto", "fused", "triton", "split_kv", "sdpa_cpu", "tiled")
 CPU_CLASSES = ("avx2", "avx512", "avx512_bf16", "zen5", "amx", "arm", "plain")
 
 

@@ -80,7 +80,7 @@ def flash_attn_func(
     options = arguments.seeded(options, ops.check_dense, q, k, v)
     out: Tensor
     lse: Tensor
-    out, lse = ops.attention(q, k, v, *options, engines.requested())
+    out, lse = ops.attention(q, k, v, *arguments.of_op(q, options, engines.requested()))
     if not return_attn_probs:
         return out
     return out, lse, dense_probabilities(q, k, lse, *options) if drops else None
@@ -184,7 +184,7 @@ def flash_attn_varlen_func(
     options = arguments.seeded(options, ops.check_packed, q, k, v, *packing)
     out: Tensor
     lse: Tensor
-    out, lse = ops.varlen_attention(q, k, v, *packing, *options, engines.requested())
+    out, lse = ops.varlen_attention(q, k, v, *packing, *arguments.of_op(q, options, engines.requested()))
     if not return_attn_probs:
         return out
     return out, lse, varlen_probabilities(q, k, lse, packing, *options) if drops else None

@@ -2,14 +2,15 @@
 
     attention         attention_backward         attention_jvp           q (B, Sq, H, D), k (B, Sk, Hk, D), ...
     varlen_attention  varlen_attention_backward  varlen_attention_jvp    q (Tq, H, D), ..., and cu_seqlens
+    biased_attention  biased_attention_backward  biased_attention_jvp    as attention, with a bias after v
 
     out, lse = torch.ops.compiled_fa.attention(q, k, v, causal=True)
 
 out is shaped as q with v's head_dim; lse is a natural logarithm in fp32 (fp64 for fp64 inputs), (B, H, Sq) or (H, Tq).
 Each op has a schema, a kernel that checks its arguments and hands a `Problem` to an engine, a fake kernel, and a rule
-for Inductor's graphs (lowering.py). The forward ops differentiate in q, k and v, through out and through lse: in
-reverse mode by the backward ops, in forward mode (forward_mode.py) by the jvp ops, which tangent.py computes. To
-differentiate twice is refused.
+for Inductor's graphs (lowering.py). The forward ops differentiate through out and through lse in q, k and v: in reverse
+mode, in a bias, too, by the backward ops, in forward mode (forward_mode.py) by the jvp ops, which tangent.py computes.
+To differentiate twice is refused.
 
 B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of q, k and of v, T total tokens.
 """
@@ -17,7 +18,7 @@ B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 import torch
@@ -35,7 +36,8 @@ PAGED = ("total_q, nheads, head_dim", "num_blocks, block_size, nheads_k, head_di
 
 OPTIONS = (
     "float? softmax_scale=None, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "
-    "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? dropout_seed=None, str engine='auto'"
+    "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? dropout_seed=None, str engine='auto', "
+    "Tensor? numbers=None"
 )
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table=None"
 
@@ -60,7 +62,7 @@ MakeProblem = Callable[..., tuple[Problem, str]]
 def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tuple[Any, ...]) -> tuple[Problem, str]:
     """The problem, its options checked, and the name of the engine asked for: the option after the problem's own."""
     count = len(Options._fields)
-    own, (engine,) = Options(*options[:count]), options[count:] or ("auto",)
+    own, (engine, *_) = Options(*options[:count]), options[count:] or ("auto",)
     problem = Problem.of(q, k, v, packed, *own)
     validation.options(problem, own.window_left, own.window_right)
     return problem, engine
@@ -99,12 +101,31 @@ def _checked_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Prob
     return _checked(q, k, v, None, options)
 
 
+def _biased_problem(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *options: Any) -> tuple[Problem, str]:
+    """options: backward's, too, whose last says whether the bias's gradient is wanted."""
+    last = len(Options._fields) + 2  # behind the engine and numbers
+    problem, engine = _checked_dense(q, k, v, *options[:last])
+    validation.bias(problem, bias)
+    wanted = bias.is_floating_point() and (options[last] if len(options) > last else True)
+    return replace(problem, bias=bias[(None,) * (4 - bias.dim())], bias_gradient=wanted), engine
+
+
 def _packed_problem(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Problem, str]:
     count = len(fields(Packed))
     packed = Packed(*arguments[:count])
     validation.qkv(q, k, v, PACKED if packed.block_table is None else PAGED)
     validation.packing(q, packed)
     return _checked(q, k, v, packed, arguments[count:])
+
+
+def _told(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
+    """With softmax_scale, softcap and dropout_p out of `numbers`, which is the argument number `at`."""
+    first = at - 1 - len(Options._fields)  # the options, and the engine between
+    validation.numbers(arguments[at])
+    softmax_scale, softcap, dropout_p = arguments[at].tolist()
+    own = Options(*arguments[first : at - 1])
+    own = own._replace(softmax_scale=softmax_scale, softcap=softcap, dropout_p=dropout_p)
+    return *arguments[:first], *own, arguments[at - 1], None, *arguments[at + 1 :]
 
 
 def _check_values(problem: Problem) -> None:
@@ -115,6 +136,11 @@ def _check_values(problem: Problem) -> None:
 def check_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
     """What `attention` checks of these arguments without reading a tensor."""
     _dense_problem(q, k, v, *options)
+
+
+def check_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *options: Any) -> None:
+    """What `biased_attention` checks of these arguments without reading a tensor."""
+    _biased_problem(q, k, v, bias, *options)
 
 
 def check_packed(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> None:
@@ -136,6 +162,16 @@ def _without_unknown(arguments: tuple[Any, ...]) -> list[Any]:
     return [0 if _unknown(argument) else argument for argument in arguments]
 
 
+def _all_gradients(problem: Problem, gradients: tuple[Tensor, ...], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """An engine's, as the backward op gives them: that of a bias, of the bias's shape; if it is not wanted, of no
+    elements."""
+    if problem.bias is None:
+        return gradients
+    bias: Tensor = arguments[3]
+    dq, dk, dv, *dbias = gradients
+    return dq, dk, dv, dbias[0].view(bias.shape) if dbias else bias.new_empty(0)
+
+
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], results: registration.Results) -> None:
     """Of a derivative, which has none."""
 
@@ -144,15 +180,17 @@ def _double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
     raise RuntimeError("compiled_fa attention can be differentiated once, not twice: its derivatives have none")
 
 
-def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any, Any, Any]:
+def _define(name: str, parameters: str, make_problem: MakeProblem, biased: bool = False) -> tuple[Any, Any, Any]:
     """Register compiled_fa::{name}, {name}_backward and {name}_jvp.
 
-    parameters: the schema's after q, k, v. make_problem: (q, k, v, *parameters) -> a checked problem and an engine.
+    parameters: the schema's after q, k, v. make_problem: (q, k, v, *parameters) -> a checked problem and an engine; it
+    knows nothing of `numbers`, the last of them. biased: the first parameter is a bias, and has a gradient.
     """
     forward_schema = f"(Tensor q, Tensor k, Tensor v, {parameters}) -> (Tensor out, Tensor lse)"
     backward_schema = (
         "(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
-        f"{parameters}) -> (Tensor dq, Tensor dk, Tensor dv)"
+        f"{parameters}{', bool bias_gradient=True' if biased else ''}) "
+        f"-> (Tensor dq, Tensor dk, Tensor dv{', Tensor dbias' if biased else ''})"
     )
 
     jvp_schema = (
@@ -160,14 +198,25 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         f"{parameters}) -> (Tensor out_tangent, Tensor lse_tangent)"
     )
 
+    at = 2 + len(parameters.split(", "))
+
+    def has_numbers(arguments: tuple[Any, ...]) -> bool:
+        return len(arguments) > at and arguments[at] is not None  # the dispatcher leaves out defaults at the end
+
+    def known_problem(*arguments: Any) -> tuple[Problem, str]:
+        return make_problem(*(_told(arguments, at) if has_numbers(arguments) else arguments))
+
+    def stays_an_op(arguments: tuple[Any, ...]) -> bool:
+        return has_numbers(arguments) or any(map(_unknown, arguments))
+
     def compute(*arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, engine = make_problem(*arguments)
+        problem, engine = known_problem(*arguments)
         _check_values(problem)
         out, lse = engines.select(problem, "forward", engine).forward()
         return out, lse
 
     def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-        lowering.tell_inductor()
+        lowering.traced()
         problem, _ = make_problem(*_without_unknown(arguments))
         q, v = problem.q, problem.v
         *leading, seqlen, nheads, _ = q.shape
@@ -176,20 +225,20 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
 
     def compute_backward(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        problem, engine = make_problem(*arguments)
+    ) -> tuple[Tensor, ...]:
+        problem, engine = known_problem(*arguments)
         validation.backward(problem, dout, dlse, out, lse)
         _check_values(problem)
-        dq, dk, dv = engines.select(problem, "backward", engine).backward(dout, out, lse, dlse)
-        return dq, dk, dv
+        gradients = engines.select(problem, "backward", engine).backward(dout, out, lse, dlse)
+        return _all_gradients(problem, gradients, arguments)
 
     def fake_backward(
         dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         problem, _ = make_problem(*_without_unknown(arguments))
         validation.backward(problem, dout, dlse, out, lse)
-        q, k, v = arguments[:3]
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        differentiated = arguments[: 4 if problem.bias_gradient else 3]
+        return _all_gradients(problem, tuple(x.new_empty(x.shape) for x in differentiated), arguments)
 
     def compute_jvp(
         q: Tensor,
@@ -202,7 +251,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
         lse: Tensor,
         *arguments: Any,
     ) -> tuple[Tensor, Tensor]:
-        problem, _ = make_problem(q, k, v, *arguments)
+        problem, _ = known_problem(q, k, v, *arguments)
         validation.jvp(problem, q_tangent, k_tangent, v_tangent, out, lse)
         _check_values(problem)
         return tangent.tangents(problem, q_tangent, k_tangent, v_tangent, out, lse)
@@ -234,22 +283,27 @@ def _define(name: str, parameters: str, make_problem: MakeProblem) -> tuple[Any,
             return (None, None, None, *nothing)
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv = backward(dout, dlse, out, lse, q, k, v, *options)
-        return (dq, dk, dv, *nothing)
+        if not biased:
+            return (*backward(dout, dlse, out, lse, q, k, v, *options), *nothing)
+        wanted = ctx.needs_input_grad[4]
+        *of_qkv, dbias = backward(dout, dlse, out, lse, q, k, v, *options, bias_gradient=wanted)
+        return (*of_qkv, dbias if wanted else None, *nothing[1:])
 
     def forward_in_graph(*arguments: Any) -> Any:
-        if any(map(_unknown, arguments)):
+        if stays_an_op(arguments):
             return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "forward", engine)
         return NotImplemented if inlined is None else inlined.forward(problem)
 
     def backward_in_graph(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
-        if any(map(_unknown, arguments)):
+        if stays_an_op(arguments):
             return NotImplemented
         problem, engine = make_problem(*arguments)
         inlined = engines.inlined(problem, "backward", engine) if dlse is None else None
-        return NotImplemented if inlined is None else inlined.backward(problem, dout, out, lse)
+        if inlined is None:
+            return NotImplemented
+        return _all_gradients(problem, inlined.backward(problem, dout, out, lse), arguments)
 
     lowering.register(forward, forward_in_graph)
     lowering.register(backward, backward_in_graph)
@@ -263,9 +317,13 @@ attention, attention_backward, attention_jvp = _define("attention", OPTIONS, _de
 varlen_attention, varlen_attention_backward, varlen_attention_jvp = _define(
     "varlen_attention", f"{PACKING}, {OPTIONS}", _packed_problem
 )
+biased_attention, biased_attention_backward, biased_attention_jvp = _define(
+    "biased_attention", f"Tensor bias, {OPTIONS}", _biased_problem, biased=True
+)
 
 batching.register(attention, tensors=3)
 batching.register(attention_backward, tensors=7)
 batching.register(attention_jvp, tensors=8)
 batching.refuse(varlen_attention, varlen_attention_backward)
-batching.one_by_one(varlen_attention_jvp)
+for _op in (varlen_attention_jvp, biased_attention, biased_attention_backward, biased_attention_jvp):
+    batching.one_by_one(_op)

@@ -32,6 +32,12 @@ def once_a_call(function: Callable[[Problem], Found]) -> Callable[[Problem], Fou
     return remembered
 
 
+def bias_part(bias: Tensor, batch: slice, heads: slice, queries: slice, keys: slice) -> Tensor:
+    """What some scores have of a problem's bias, broadcastable to (batch, heads, queries, keys): a view."""
+    parts = zip(bias.shape, (batch, heads, queries, keys), strict=True)
+    return bias[tuple(slice(None) if size == 1 else part for size, part in parts)]
+
+
 class Options(NamedTuple):
     """What the ops take besides tensors and where they lie, in their order. Defaults: the schema's."""
 
@@ -116,6 +122,8 @@ class Problem:
     """Shapes: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv); packed: the first two dimensions are one, T.
 
     dropout_seed: int64 of one element where dropout_p > 0; without one nothing is dropped.
+    bias: of a dense call, four dimensions, each that of (B, H, Sq, Sk) or 1, of any strides; bool, True where a key is
+    seen, or floating point, added to scores. bias_gradient: backward gives its gradient, too.
     signature: what calls that are checked, and served, alike have in common; None: of this call nobody knows.
     """
 
@@ -131,6 +139,8 @@ class Problem:
     packed: Packed | None = None
     signature: Hashable | None = None
     notes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # of once_a_call
+    bias: Tensor | None = None
+    bias_gradient: bool = False
 
     @classmethod
     def of(
@@ -147,11 +157,15 @@ class Problem:
         alibi_slopes: Tensor | None = None,
         dropout_p: float = 0.0,
         dropout_seed: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        bias_gradient: bool = False,
     ) -> Problem:
         """From the arguments of the ops, in their order."""
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         window = Window.of(causal, window_left, window_right)
-        return cls(q, k, v, scale, window, softcap, alibi_slopes, dropout_p, dropout_seed, packed)
+        numbers = scale, window, softcap, alibi_slopes, dropout_p, dropout_seed
+        return cls(q, k, v, *numbers, packed, bias=bias, bias_gradient=bias_gradient)
 
     @property
     def batch(self) -> int:

@@ -27,6 +27,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # needs_exact_strides: compiled or not, engines read rows where they lie.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+# A function that Dynamo shall not look into; torch.compiler.disable is the same, and imports Dynamo.
+not_traced = _disable_dynamo
 
 # Where nothing but a device's own kernel is left to be called: no mode, no tracing, no transform.
 _DEVICES = frozenset(getattr(torch._C.DispatchKey, name) for name in ("CPU", "CUDA", "XPU", "MPS", "PrivateUse1"))

@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .interface import flash_attn_func
+from .with_bias import attention
 
 NAME = "scaled_dot_product_attention"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 512
 FLASH_HEAD_DIM = 256  # the greatest that PyTorch's flash kernel takes
 FLASH_CAPABILITY = (8, 0)  # cards from which on PyTorch's flash kernel runs
+ALIGNMENT = 16  # bytes; PyTorch's memory-efficient kernel takes rows that are multiples of it
 
 _pytorchs = F.scaled_dot_product_attention
 
@@ -121,6 +122,8 @@ def scaled_dot_product_attention(
     Args:
         query: (B, H, Sq, D) or (H, Sq, D).
         key, value: (B, Hk, Sk, D) and (B, Hk, Sk, Dv), or without B. H is Hk, or a multiple of it with enable_gqa.
+        attn_mask: what broadcasts to (B, H, Sq, Sk) or (H, Sq, Sk): bool, True where a key is seen, fp32, or of query's
+            dtype.
         The rest: PyTorch's; is_causal is aligned to the top left.
 
     Returns:
@@ -140,8 +143,8 @@ def scaled_dot_product_attention(
         )
     if query.dim() == 3:
         query, key, value = query[None], key[None], value[None]
-        return _serve(query, key, value, dropout_p, is_causal, scale)[0]
-    return _serve(query, key, value, dropout_p, is_causal, scale)
+        return _serve(query, key, value, attn_mask, dropout_p, is_causal, scale)[0]
+    return _serve(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
 def sdpa_reason(
@@ -161,10 +164,11 @@ def sdpa_reason(
     Args: as scaled_dot_product_attention; everywhere: as sdpa.
     """
     tensors = (query, key, value)
-    if any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors):
+    given = tensors if attn_mask is None else (*tensors, attn_mask)
+    if any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in given):
         return "a tensor of a class of its own"
-    if attn_mask is not None:
-        return "a mask"
+    if attn_mask is not None and is_causal:
+        return "a mask and is_causal, which are not for one call"
     if query.dim() not in (3, 4) or key.dim() != query.dim() or value.dim() != query.dim():
         return "other than three or four dimensions"
     if any(x.dtype not in DTYPES or x.dtype != query.dtype or x.device != query.device for x in tensors):
@@ -182,31 +186,56 @@ def sdpa_reason(
         return "a dropout_p that is not at least 0 and below 1"
     if is_causal and query.shape[-2] > key.shape[-2]:
         return "causal, with more queries than keys"
-    if not everywhere and _pytorch_is_fused(query, key, value, dropout_p):
+    if attn_mask is not None and not _mask_fits(query, key, attn_mask):
+        return "a mask whose shape, dtype or device does not fit"
+    if not everywhere and _pytorch_is_fused(query, key, value, attn_mask, dropout_p):
         return "PyTorch's own fused kernel"
     return None
 
 
-def _pytorch_is_fused(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
+def _mask_fits(query: Tensor, key: Tensor, attn_mask: Tensor) -> bool:
+    """Is it what PyTorch takes for a mask of these? What is not, it refuses."""
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) or attn_mask.device != query.device:
+        return False
+    scores = (*query.shape[:-1], key.shape[-2])
+    sizes = zip(reversed(attn_mask.shape), reversed(scores), strict=False)
+    return attn_mask.dim() <= len(scores) and all(size == 1 or size == full for size, full in sizes)
+
+
+def _pytorch_is_fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> bool:
     """Is this call for a kernel of PyTorch's that makes no score matrix?
 
-    On CUDA cards before FLASH_CAPABILITY it has only its memory-efficient one, and the call is ours.
+    On CUDA cards before FLASH_CAPABILITY it has only its memory-efficient one, and the call is ours. Of a mask its
+    kernel for CPUs gives no gradient, and its flash kernel for CUDA takes none: there it is the memory-efficient one's,
+    which has no groups of heads.
     """
     head_dim, same = query.shape[-1], query.shape[-1] == value.shape[-1]
     taken = same and query.dim() == 4 and all(x.stride(-1) == 1 for x in (query, key, value))
     if query.device.type == "cpu":
-        return taken and dropout_p == 0.0
+        mask_taken = attn_mask is None or (attn_mask.dim() in (2, 4) and not attn_mask.requires_grad)
+        return taken and mask_taken and dropout_p == 0.0
     if query.device.type == "cuda" and torch.version.hip is None:
-        capable = torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
-        return capable and taken and head_dim <= FLASH_HEAD_DIM and query.dtype != torch.float64
+        capable = torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY and query.dtype != torch.float64
+        if attn_mask is None:
+            return capable and taken and head_dim <= FLASH_HEAD_DIM
+        lies = attn_mask.stride()[-1:] in ((), (1,)) and query.shape[-3] == key.shape[-3]
+        return capable and taken and lies and head_dim * query.dtype.itemsize % ALIGNMENT == 0
     return True  # of other devices' kernels nothing was measured
 
 
-def _serve(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: float | None) -> Tensor:
+def _serve(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
     if is_causal:  # queries stand at the first keys, and none sees those behind
         key, value = key[..., : query.shape[-2], :], value[..., : query.shape[-2], :]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out: Tensor = flash_attn_func(q, k, v, dropout_p, scale, is_causal)
+    out: Tensor = attention(q, k, v, attn_mask, dropout_p=dropout_p, softmax_scale=scale, causal=is_causal)
     return out.transpose(1, 2)
 
 

@@ -2,7 +2,7 @@
 
 With Z = q kᵀ, its scores S, P = exp(S - lse), and ' for a tangent:
 
-    S'   = dS/dZ (q' kᵀ + q k'ᵀ)           softmax_scale and softcap; ALiBi and masks add nothing
+    S'   = dS/dZ (q' kᵀ + q k'ᵀ)           softmax_scale and softcap; ALiBi, a bias and masks add nothing
     lse' = rowsum(P S')
     out' = P v' + (P S') v - lse' out      dropout drops from P in both products, and not in lse'
 
@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Problem, bias_part
 from .scores import ScoreProgram
 
 QUERIES, KEYS = 128, 512  # of a tile
@@ -85,13 +86,13 @@ def _fill(problem: Problem, given: _Sequences) -> None:
         start, stop = program.window.keys_seen_by_any(*positions, seqlen_k)
         tiles = [slice(key, min(key + KEYS, stop)) for key in range(start, stop, KEYS)]
         if tiles:
-            out_tangent, lse_tangent = _tile_of_queries(program, problem.dropout_p, given, queries, tiles)
+            out_tangent, lse_tangent = _tile_of_queries(problem, program, given, queries, tiles)
             given.out_tangent[:, queries] = out_tangent.transpose(1, 2)
             given.lse_tangent[:, :, queries] = lse_tangent
 
 
 def _tile_of_queries(
-    program: ScoreProgram, dropout_p: float, given: _Sequences, queries: slice, tiles: list[slice]
+    problem: Problem, program: ScoreProgram, given: _Sequences, queries: slice, tiles: list[slice]
 ) -> tuple[Tensor, Tensor]:
     """-> tangents of their out, (b, H, m, Dv), and lse, (b, H, m)."""
     dtype, device = given.lse.dtype, given.q.device
@@ -112,6 +113,7 @@ def _tile_of_queries(
     sequence = _indices(slice(given.first, given.first + batch), device)[:, None, None, None]
     head, query = _indices(slice(0, nheads), device)[:, None, None], _indices(queries, device)[:, None]
     q, q_tangent, lse = of_queries(given.q), of_queries(given.q_tangent), given.lse[:, :, queries, None]
+    lse = lse.masked_fill(lse == -inf, inf)  # of rows without a key, whose probabilities are 0
     out_tangent, lse_tangent = torch.zeros_like(of_queries(given.out)), torch.zeros_like(lse)
     for keys in tiles:
         k, k_tangent, v, v_tangent = (
@@ -119,13 +121,15 @@ def _tile_of_queries(
         )
         at = sequence, head, query, _indices(keys, device)
         product, product_tangent = by_head(q @ k.mT), by_head(q_tangent @ k.mT + q @ k_tangent.mT)
-        probs = torch.where(program.in_window(*at), torch.exp(program.score(product, *at) - lse), 0.0)
+        of_scores = slice(given.first, given.first + batch), slice(0, nheads), queries, keys
+        bias = None if problem.bias is None else bias_part(problem.bias, *of_scores)
+        probs = torch.where(program.in_window(*at), torch.exp(program.score(product, *at, bias) - lse), 0.0)
         # dS/dZ is diagonal: what turns a gradient of S into one of Z turns a tangent of Z into one of S.
         probs_scores = probs * program.product_gradient(product_tangent, product)
         lse_tangent += probs_scores.sum(-1, keepdim=True)
         if program.dropout is not None:
             keep = program.keep(*at)
-            probs, probs_scores = (torch.where(keep, x, 0.0) / (1.0 - dropout_p) for x in (probs, probs_scores))
+            probs, probs_scores = (torch.where(keep, x, 0.0) / (1.0 - problem.dropout_p) for x in (probs, probs_scores))
         out_tangent += by_key_head(probs) @ v_tangent + by_key_head(probs_scores) @ v
     out = given.out[:, queries].transpose(1, 2)
     return by_head(out_tangent) - lse_tangent * out, lse_tangent[..., 0]

@@ -176,6 +176,39 @@ def options(problem: Problem, window_left: int = -1, window_right: int = -1) -> 
             )
 
 
+def numbers(given: Tensor) -> None:
+    """softmax_scale, softcap and dropout_p, as compiled code hands them to an op."""
+    wanted = "(softmax_scale, softcap, dropout_p), float64 (3,) on a CPU"
+    if given.dtype != torch.float64 or tuple(given.shape) != (3,) or given.device.type != "cpu":
+        refuse("numbers", wanted, f"{given.dtype} {tuple(given.shape)} on {given.device}")
+
+
+def bias(problem: Problem, given: Tensor) -> None:
+    """A bias of a dense call's scores."""
+    q = problem.q
+    tensor_given("bias", given)
+    if given.dtype not in (torch.bool, *DTYPES):
+        refuse("bias", "bool, float16, bfloat16, float32 or float64", given.dtype, TypeError)
+    if given.device != q.device:
+        refuse("bias", f"on q's device, {q.device}", given.device)
+    scores = q.shape[0], q.shape[2], q.shape[1], problem.k.shape[1]
+    sizes = (1,) * (4 - given.dim()) + tuple(given.shape)
+    if len(sizes) != 4 or any(size not in (1, full) for size, full in zip(sizes, scores, strict=True)):
+        wanted = f"broadcastable to (batch, nheads, seqlen_q, seqlen_k), {scores}"
+        refuse("bias", wanted, f"shape {tuple(given.shape)}")
+
+
+def sinks(q: Tensor, given: Tensor) -> None:
+    """One a query head."""
+    tensor("sinks", given, "nheads")
+    if given.dtype not in DTYPES:
+        refuse("sinks", "float16, bfloat16, float32 or float64", given.dtype, TypeError)
+    if given.device != q.device:
+        refuse("sinks", f"on q's device, {q.device}", given.device)
+    if q.dim() > 2:
+        _equal("sinks", "of q's heads", given.shape[0], q.shape[-2])
+
+
 def packing(q: Tensor, packed: Packed) -> None:
     """What can be told of where sequences lie without reading a tensor."""
     cu_seqlens_q, cu_seqlens_k, block_table = packed.cu_seqlens_q, packed.cu_seqlens_k, packed.block_table
@@ -202,8 +235,12 @@ def packing(q: Tensor, packed: Packed) -> None:
 
 def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
     """What must be read to be told: on a CPU always, elsewhere (a host sync) where COMPILED_FA_CHECK=1."""
-    if q.device.type != "cpu" and not config.checks_values():
-        return
+    if q.device.type == "cpu" or config.checks_values():
+        packed_values_read(q, k, packed)
+
+
+def packed_values_read(q: Tensor, k: Tensor, packed: Packed) -> None:
+    """The same for a call that reads them anyway."""
     # As lists: a dozen operations on small tensors would take longer than a short call.
     (sums_q, sums_k), block_table = packed.host_sums, packed.block_table
     _lengths("cu_seqlens_q", sums_q, "max_seqlen_q", packed.max_seqlen_q)

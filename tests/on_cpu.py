@@ -1,6 +1,6 @@
 """Every engine that can compute a call on a CPU, its steps as plain PyTorch ops, and the op that chooses among them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -26,6 +26,9 @@ class Auto:
         left, right = (-1 if side is None else side for side in problem.window)
         scores = problem.softmax_scale, False, left, right, problem.softcap, problem.alibi_slopes
         options = (*scores, problem.dropout_p, problem.dropout_seed)
+        if problem.bias is not None:
+            biased = (problem.q, problem.k, problem.v, problem.bias, *options)
+            return ops.biased_attention, ops.biased_attention_backward, biased
         if problem.packed is None:
             return ops.attention, ops.attention_backward, (problem.q, problem.k, problem.v, *options)
         p = problem.packed
@@ -39,7 +42,8 @@ class Auto:
 
     def backward(self, problem, dout, out, lse, dlse=None):
         _, backward, arguments = self._arguments(problem)
-        return backward(dout, dlse, out, lse, *arguments)
+        gradients = backward(dout, dlse, out, lse, *arguments)
+        return gradients if problem.bias_gradient else gradients[:3]
 
 
 class SplitKV:
@@ -61,15 +65,15 @@ class SplitKV:
 
 
 class Fused:
-    """The fused engine with template.py in place of its kernel."""
+    """The fused engine with template.py in place of its kernel. A bias's gradient it leaves to others."""
 
     def forward(self, problem):
         with template.in_place_of_the_kernel():
             return fused.forward(problem)
 
-    def backward(self, *arguments):
+    def backward(self, problem, *arguments):
         with template.in_place_of_the_kernel():
-            return fused.backward(*arguments)
+            return fused.backward(replace(problem, bias_gradient=False), *arguments)
 
 
 class Large:

@@ -121,6 +121,28 @@ def test_varlen_recompiles_once_for_all_lengths():
     assert unique_graphs() <= 3  # lengths change first, then the batch too
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_numbers_that_change_recompile_once_for_all_of_them(packed):
+    def attend(q, k, v, dropout_p, softmax_scale, softcap):
+        if packed:
+            return flash_attn_varlen_func(q, k, v, ends, ends, 9, 9, dropout_p, softmax_scale, softcap=softcap)
+        return flash_attn_func(q, k, v, dropout_p, softmax_scale, softcap=softcap)
+
+    ends = cumulative([9, 5])
+    q, k, v = (torch.randn(*((14,) if packed else (2, 9)), 2, 8, requires_grad=True) for _ in range(3))
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for numbers in ((0.1, 0.5, 3.0), (0.2, 0.6, 4.0), (0.3, 0.7, 5.0), (0.4, 0.8, 6.0)):
+        results = []
+        for function in (compiled, attend):
+            torch.manual_seed(3)
+            out = function(q, k, v, *numbers)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        for found, expected in zip(*results, strict=True):
+            assert torch.allclose(found, expected, atol=1e-5)
+    assert not counters["graph_break"]
+    assert unique_graphs() == 2  # as first seen, then any
+
+
 def test_a_tensor_max_seqlen_breaks_no_graph():
     def attend(q, cu_seqlens, max_seqlen):
         return flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)

@@ -12,23 +12,38 @@ from typing import Any
 
 import pytest
 
-import compiled_fa
-
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # The function that each example is about.
 FUNCTIONS = {
+    "deepspeed_zero": "flash_attn_func",
+    "gpt2_trainer": "flash_attn_varlen_func",
+    "megatron_gpt": "flash_attn_func",
+    "kernel_from_a_folder": "flash_attn_func",
+    "leaving_xformers": "flash_attn_varlen_func",
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
     "paged_decoding": "flash_attn_with_kvcache",
-    "sdpa_block": "flash_attn_func",
+    "parallel_llama": "flash_attn_func",
+    "ring_attention": "attention",
+    "sdpa_block": "attention",
     "train_compiled": "flash_attn_func",
     "transformers_padded": "flash_attn_varlen_func",
 }
 # What an example needs that is not installed with this package.
-NEEDS = {"transformers_padded": "transformers"}
+NEEDS = {
+    "deepspeed_zero": "deepspeed",
+    "gpt2_trainer": "accelerate",
+    "megatron_gpt": "megatron",
+    "transformers_padded": "transformers",
+}
 
 # The module that calls the function, where it is not the example itself.
 CALLERS = {
+    "deepspeed_zero": "compiled_fa.integrations.transformers",
+    "gpt2_trainer": "compiled_fa.integrations.transformers",
+    "megatron_gpt": "compiled_fa.integrations.megatron",
+    "leaving_xformers": "compiled_fa.xformers_api.attention",
+    "ring_attention": "compiled_fa.context_parallel",
     "sdpa_block": "compiled_fa.scaled_dot_product",
     "transformers_padded": "compiled_fa.integrations.transformers",
 }
@@ -54,12 +69,13 @@ def test_example_runs_and_is_right(example):
 def test_example_notices_a_wrong_attention(example, monkeypatch, capsys):
     pytest.importorskip(NEEDS.get(example.stem, "torch"))
     name = FUNCTIONS[example.stem]
-    right = getattr(compiled_fa, name)
+    caller = importlib.import_module(CALLERS.get(example.stem, "compiled_fa"))
+    right = getattr(caller, name)
 
     def wrong(q: Any, *arguments: Any, **options: Any) -> Any:
         return right(1.03 * q, *arguments, **options)
 
-    monkeypatch.setattr(importlib.import_module(CALLERS.get(example.stem, "compiled_fa")), name, wrong)
+    monkeypatch.setattr(caller, name, wrong)
     program = runpy.run_path(str(example))
     assert program["main"]() == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("WRONG")

@@ -19,8 +19,8 @@ from support import Case, cases, check_against_float64, cumulative, make, packed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiled_fa import engines, flash_attn_func, messages, use_engine
-from compiled_fa.engines import fused
-from compiled_fa.engines.fused import attention, kernels, tables
+from compiled_fa.engines import fused, nvidia
+from compiled_fa.engines.fused import kernels, tables
 from compiled_fa.engines.fused.blocks import BLOCK, BlockTables, bounded
 from compiled_fa.engines.fused.kernels import canonical
 from compiled_fa.problem import Packed, Problem
@@ -460,7 +460,7 @@ def test_it_says_why_it_cannot_serve():
 )
 def test_reasons_on_a_gpu(monkeypatch, capability, problem, reason):
     pytest.importorskip("triton", reason="the fused engine needs Triton")
-    monkeypatch.setattr(attention, "capability_of", lambda device: capability)
+    monkeypatch.setattr(nvidia, "capability_of", lambda device: capability)
     given_problem = None
     if problem is not None and "meta" in problem:
         q = torch.empty(problem["meta"], device="meta")
@@ -473,7 +473,7 @@ def test_reasons_on_a_gpu(monkeypatch, capability, problem, reason):
 
 def test_tensors_made_on_the_way_are_not_too_large_either(monkeypatch):
     pytest.importorskip("triton", reason="the fused engine needs Triton")
-    monkeypatch.setattr(attention, "capability_of", lambda device: (8, 0))
+    monkeypatch.setattr(nvidia, "capability_of", lambda device: (8, 0))
 
     def is_too_large(direction, q, k, v=None, packing=None):
         q, k, v = (torch.empty(shape, device="meta") for shape in (q, k, k if v is None else v))
@@ -510,18 +510,18 @@ def test_serving_by_second_choice_is_said_once(monkeypatch, caplog):
 
 def test_an_amd_gpu_is_for_tiles(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(attention, "capability_of", lambda device: (9, 0))  # as PyTorch says of a gfx906
+    monkeypatch.setattr(nvidia, "capability_of", lambda device: (9, 0))  # as PyTorch says of a gfx906
     assert "this is AMD's" in (fused.unsupported_reason(torch.device("cuda")) or "")
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(attention, "capability_of", lambda device: (8, 0))
+    monkeypatch.setattr(nvidia, "capability_of", lambda device: (8, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    attention._missing.cache_clear()
+    nvidia._missing.cache_clear()
     try:
         assert fused.unsupported_reason(torch.device("cuda")) == "Triton is not installed"
     finally:
-        attention._missing.cache_clear()
+        nvidia._missing.cache_clear()
 
 
 # ------------------------------------------------------------------------------------- kernels that cannot be launched

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import KB, LEAST_KB, capability_of, largest_head_dim, options_for
+from compiled_fa.engines.fused.options import largest_head_dim, options_for
+from compiled_fa.engines.nvidia import KB, LEAST_KB, capability_of
 from compiled_fa.problem import Direction
 from compiled_fa.tuning import FlexOptions
 from compiled_fa.tuning.gpu import FUSED

@@ -17,6 +17,7 @@ from compiled_fa.engines.tiled.large import budget, groups, operands, products, 
 from compiled_fa.engines.tiled.large.call import Call
 from compiled_fa.problem import Packed, Problem
 from compiled_fa.scores import Window
+from compiled_fa.testing import Bias
 from compiled_fa.tuning.gpu_tiles import GPU
 
 MB = 1 << 20
@@ -384,6 +385,19 @@ def test_peak_memory_is_inputs_and_results_and_the_budget(dense, options):
     data = make(Case(lengths, dense, nheads_k=4, head_dim=16, head_dim_v=16, **options))
     problem, dout, dlse = data.problem(), data.laid_out(data.dout), data.per_row(data.dlse)
     with large_tiles(nbytes, widens=False):
+        forward, (out, lse) = peak(lambda: tiled.forward(problem))
+        backward, gradients = peak(lambda: tiled.backward(problem, dout, out, lse, dlse))
+    assert nbytes / 4 < forward - out.nbytes - lse.nbytes <= nbytes
+    assert nbytes / 4 < backward - sum(x.nbytes for x in gradients) <= nbytes
+
+
+@pytest.mark.parametrize("bias", [Bias(), Bias("hqk"), Bias("bqk", torch.bool), Bias("bhk", torch.float16)], ids=str)
+def test_peak_memory_with_a_bias(bias):
+    """The bias's gradient is a result; that of a half precision one is a sum in fp32 before."""
+    nbytes = 4 * MB
+    data = make(Case(((500, 500),) * 2, dense=True, nheads_k=2, heads_per_key=2, head_dim=16, bias=bias))
+    problem, dout, dlse = data.problem(), data.laid_out(data.dout), data.per_row(data.dlse)
+    with large_tiles(nbytes):
         forward, (out, lse) = peak(lambda: tiled.forward(problem))
         backward, gradients = peak(lambda: tiled.backward(problem, dout, out, lse, dlse))
     assert nbytes / 4 < forward - out.nbytes - lse.nbytes <= nbytes

@@ -20,6 +20,7 @@ OPTIONS = {
     "causal window": {"causal": True, "window_left": 5},
     "softcap and slopes": {"softcap": 3.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])},
     "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([7])},
+    "numbers": {"softcap": 1.0, "numbers": torch.tensor([0.3, 3.0, 0.0], dtype=torch.float64)},
 }
 
 
@@ -54,6 +55,21 @@ def test_gradcheck(options):
     q, k, v = (x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v))
     packing = cumulative([3, 2, 5]), cumulative([4, 2, 6]), 5, 6  # no empty rows: their lse is -inf
     torch.autograd.gradcheck(lambda *x: VARLEN(*x, *packing, **options), (q, k, v))
+
+
+def test_numbers_of_a_tensor_are_those_of_the_arguments():
+    q, k, v = rows(2, 9, 4, 8), rows(2, 11, 4, 8), rows(2, 11, 4, 8)
+    numbers = torch.tensor([0.3, 3.0, 0.2], dtype=torch.float64)
+    seed = {"dropout_seed": torch.tensor([7])}
+    found = DENSE(q, k, v, 1.0, softcap=1.0, dropout_p=0.5, numbers=numbers, **seed)
+    expected = DENSE(q, k, v, 0.3, softcap=3.0, dropout_p=0.2, **seed)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    for wrong in (numbers[:2], numbers.float()):
+        with pytest.raises(ValueError, match="numbers must be"):
+            DENSE(q, k, v, 1.0, softcap=1.0, numbers=wrong)
+    with pytest.raises(ValueError, match="softmax_scale must be finite"):
+        DENSE(q, k, v, numbers=numbers * torch.inf)
 
 
 def test_gradient_of_lse_alone():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 import compiled_fa
 from compiled_fa import scaled_dot_product
@@ -68,6 +69,41 @@ def test_results_and_gradients_are_pytorchs(sizes, options, dtype):
         assert error(result, as_exact) <= budget(as_naive, as_exact, 8.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({"head_dim_v": 6, "seqlen_q": 5}, (5, 9)),
+        ({"head_dim_v": 6, "nheads_k": 2}, (2, 1, 1, 9)),
+        ({}, (4, 9, 9)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["bool", "float", "differentiated"])
+def test_masks_where_pytorch_has_its_math_path(sizes, shape, kind, dtype):
+    """Rows that see nothing give 0, as they do there."""
+    inputs, options = tensors(**sizes, dtype=dtype), {"enable_gqa": "nheads_k" in sizes}
+    mask = torch.randn(shape)
+    mask[..., -1, :] = -torch.inf
+    mask = mask > -1.0 if kind == "bool" else mask.to(dtype)
+
+    def attend(function: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        attn_mask = mask if kind == "bool" else mask.to(dtype)
+        if kind != "differentiated":
+            return results(lambda q, k, v: function(q, k, v, attn_mask=attn_mask, **options), leaves)
+        leaves.append(attn_mask.detach().requires_grad_())
+        return results(lambda q, k, v, attn_mask: function(q, k, v, attn_mask=attn_mask, **options), leaves)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        naive, exact = (attend(PYTORCHS, x) for x in (dtype, torch.float64))
+    with compiled_fa.sdpa() as calls:
+        found = attend(F.scaled_dot_product_attention, dtype)
+    assert calls.served == 1
+    for result, as_naive, as_exact in zip(found, naive, exact, strict=True):
+        assert result.shape == as_exact.shape
+        assert error(result, as_exact) <= budget(as_naive, as_exact, 64.0)
+
+
 def test_three_dimensions_views_and_inference_mode():
     packed = torch.randn(3, 9, 4, 8)  # heads behind positions, as layers make them
     q, k, v = (x.transpose(0, 1) for x in packed.unbind(0))
@@ -90,7 +126,7 @@ def test_dropout_is_seeded_and_right_on_average():
 
 
 LEFT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "a mask": ({}, {"attn_mask": torch.ones(9, 9, dtype=torch.bool)}),
+    "a mask and is_causal, which are not for one call": ({}, {"attn_mask": torch.zeros(9, 9), "is_causal": True}),
     "causal, with more queries than keys": ({"seqlen_k": 5}, {"is_causal": True}),
     "an empty tensor": ({"seqlen_q": 0}, {}),
     "a dropout_p that is not at least 0 and below 1": ({}, {"dropout_p": 1.0}),
@@ -125,6 +161,14 @@ def test_more_that_is_left():
     assert "broadcasting" in reason(q, q, (2, 4, 2, 8))
     assert "heads" in reason(q, (2, 2, 3, 8), (2, 2, 3, 8))
     assert "heads" in reason(q, (2, 3, 3, 8), (2, 3, 3, 8), enable_gqa=True)
+    fits = "None", (), (3,), (1, 3), (4, 1, 3), (2, 1, 1, 3)
+    does_not = "mask", (4,), (3, 4), (2, 3, 3), (2, 1, 3, 3, 3), (1, 2, 4, 3, 3)
+    for found, *shapes in (fits, does_not):
+        assert all(found in reason(q, q, q, attn_mask=torch.zeros(shape)) for shape in shapes)
+    assert "mask" in reason(q, q, q, attn_mask=torch.zeros(3, 3, dtype=torch.float64))
+    assert "mask" in reason(q, q, q, attn_mask=torch.zeros(3, 3, device="meta"))
+    assert "mask" in reason(*[q[1:]] * 3, attn_mask=torch.zeros(1, 4, 3, 3))
+    assert "class" in reason(q, q, q, attn_mask=causal_lower_right(3, 3))
     assert "head_dim" in reason((1, 1, 2, 513), (1, 1, 2, 513), (1, 1, 2, 8))
     assert "dtype" in reason(q, q, q, dtypes=(torch.float32, torch.float32, torch.float16))
     other: torch.Tensor = torch.zeros(q).as_subclass(type("Other", (torch.Tensor,), {}))
@@ -136,12 +180,38 @@ def test_pytorch_has_a_kernel_where_we_think_so():
     tried: list[tuple[dict[str, Any], dict[str, Any]]]
     tried = [({}, {}), ({"head_dim_v": 6}, {}), ({}, {"dropout_p": 0.5}), ({"seqlen_q": 3}, {})]
     tried.append(({"nheads_k": 2}, {"enable_gqa": True}))
+    masks = torch.zeros(9, 9), torch.zeros(4, 9, 9), torch.ones(2, 1, 1, 9) > 0, torch.zeros(9, 9, requires_grad=True)
+    tried += [({}, {"attn_mask": mask}) for mask in masks]
     for sizes, options in tried:
         inputs = tensors(**sizes)
         for laid_out in (inputs, [x.mT.contiguous().mT for x in inputs]):
             chosen = torch._fused_sdp_choice(*laid_out, **options)
             reason = sdpa_reason(*laid_out, **options)
             assert (reason is None) == (chosen == SDPBackend.MATH.value), (sizes, options)
+
+
+class OnACard:
+    """What is asked of a tensor there."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, *shape: int) -> None:
+        self.tensor = torch.empty(shape)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+
+@pytest.mark.parametrize(("capability", "fused"), [((7, 5), False), ((8, 0), True)])
+def test_masks_on_cards(monkeypatch, capability, fused):
+    """From 8.0 on PyTorch's memory-efficient kernel takes them, but with fewer key heads, and rows of some sizes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    is_fused: Any = scaled_dot_product._pytorch_is_fused
+    q, k, odd, mask = OnACard(1, 4, 9, 8), OnACard(1, 2, 9, 8), OnACard(1, 4, 9, 6), OnACard(9, 9)
+    assert is_fused(q, k, k, None, 0.0) == is_fused(q, q, q, mask, 0.0) == fused
+    apart = OnACard(9, 9)
+    apart.tensor = apart.tensor.mT
+    assert not any(is_fused(*given, 0.0) for given in ((q, k, k, mask), (odd, odd, odd, mask), (q, q, q, apart)))
 
 
 def test_rows_whose_elements_lie_apart():
@@ -194,10 +264,11 @@ def test_compiled_code_follows():
     """A graph of its own in and out of the block, and no third when it comes again."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    inputs = tensors(head_dim_v=6)
+    inputs = [*tensors(head_dim_v=6), torch.randn(4, 1, 9, requires_grad=True)]
 
-    def model(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True) * 2
+    def model(q, k, v, mask):
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return found + F.scaled_dot_product_attention(q, k, v, mask) * 2
 
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     wanted = results(model, inputs)
@@ -208,7 +279,8 @@ def test_compiled_code_follows():
             for result, right in zip(results(compiled, inputs), wanted, strict=True):
                 torch.testing.assert_close(result, right)
     calls = [[str(node.target) for node in graph.graph.nodes] for graph in counter.graphs]
-    assert ["compiled_fa.attention.default" in targets for targets in calls] == [False, True]
+    for op in ("compiled_fa.attention.default", "compiled_fa.biased_attention.default"):
+        assert [op in targets for targets in calls] == [False, True]
 
 
 PROGRAM = """

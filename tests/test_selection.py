@@ -122,11 +122,11 @@ def test_refusals_say_why():
     problem = make(Case(((9, 9),), True, softcap=5.0)).problem()
     route = select(problem, "forward")
     assert route.engine.name == "tiled"
-    assert [name for name, _ in route.refusals()] == ["fused", "split_kv", "sdpa_cpu"]
+    assert [name for name, _ in route.refusals()] == ["fused", "triton", "split_kv", "sdpa_cpu"]
     assert "no softcap" in route.refusals()[-1][1]
     plain = select(replace(problem, softcap=0.0), "forward")
     assert plain.engine.name == "sdpa_cpu"
-    assert [name for name, _ in plain.refusals()] == ["fused", "split_kv"]
+    assert [name for name, _ in plain.refusals()] == ["fused", "triton", "split_kv"]
 
 
 def test_an_unknown_name(monkeypatch):

@@ -44,6 +44,9 @@ def test_the_budget_is_what_it_is():
     walk = 2**0.5
     wanted = {"out": 7.2, "lse": 1.2, "dq": 0.05 * dscore, "dk": 0.1 * dscore * walk, "dv": 4.8 * walk}
     assert magnitudes(data) == pytest.approx(wanted)
+    data.bias = torch.full((1, 1, 2, 1), -0.5)  # 2 elements of 6 scores; out's rounding, here of fp32 as all is
+    of_bias = ((4 * 6 / 0.5 + 0.25) * 1.7 + 4 * 6 / 0.5 / 8) * 3**0.5
+    assert magnitudes(data)["dbias"] == pytest.approx(of_bias)
     exact = torch.tensor([16.0, -torch.inf])
     naive = torch.tensor([15.0, -torch.inf], dtype=torch.float16)
     assert budget(naive, exact, 3.0) == pytest.approx(2.0 * 1.0 + 2.0**-10 * 16.0 + 8 * 2.0**-23 * 3.0, rel=1e-9)

@@ -76,7 +76,31 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "falcon": ("Falcon", {**ENCODER, "num_hidden_layers": 1, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt2": ("GPT2", GPT2),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **DECODER,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "opt": ("OPT", {**ENCODER, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3}),
+}
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "eos_token_id": None,
 }
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", ENCODER),
@@ -103,7 +127,10 @@ def model_of(kind: tuple[str, dict[str, Any]], auto: str = "AutoModelForCausalLM
     name, options = kind
     config = getattr(transformers, f"{name}Config")(**options)
     torch.manual_seed(0)
-    return getattr(transformers, auto).from_config(config, attn_implementation="eager").eval()
+    model = getattr(transformers, auto).from_config(config, attn_implementation="eager").eval()
+    if name == "GptOss":
+        model.set_experts_implementation("eager")  # the other one multiplies no float64
+    return model
 
 
 def tokens(batch: int = 3, length: int = LENGTH) -> torch.Tensor:
@@ -122,14 +149,22 @@ def results(model: Any, kept: torch.Tensor | None, **inputs: Any) -> dict[str, t
     return {name: result.detach() for name, result in found.items() if result is not None}
 
 
-def exact_attention(module, query, key, value, attention_mask, scaling, softcap=None, **kwargs):
+def exact_attention(
+    module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, position_bias=None, **kwargs
+):
     """Attention written down, in the inputs' dtype: eager's softmax is in fp32 whatever they are."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     scores = scores if not softcap else softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:  # as a tower of images has none
+    scores = scores if position_bias is None else scores + position_bias
+    if attention_mask is not None and attention_mask.is_floating_point():
+        scores = scores + attention_mask
+    elif attention_mask is not None:  # as a tower of images has none
         scores = scores.masked_fill(~attention_mask, -torch.inf)
         scores = scores.masked_fill(~attention_mask.any(-1, keepdim=True), 0.0)  # queries of padding: anything finite
+    if s_aux is not None:
+        sinks = s_aux[:, None, None].expand(*scores.shape[:-1], 1)
+        return (torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ value).transpose(1, 2), None
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 
@@ -210,11 +245,67 @@ def test_whisper_equals_eager_and_writes_the_same():
     check_equals_eager(model, input_features=sounds, decoder_input_ids=tokens(), use_cache=False)
 
 
+@pytest.mark.parametrize("padding", PADDING)
+def test_position_bias_equals_eager(padding):
+    """T5's, whose gradient is of a table of distances; and the decoder's queries stand among its own keys."""
+    model = model_of(("T5", T5), "AutoModelForSeq2SeqLM")
+    inputs: dict[str, Any] = {"input_ids": tokens(), "decoder_input_ids": tokens(length=7), "use_cache": False}
+    check_equals_eager(model, attention_mask=PADDING[padding], **inputs)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_t5_writes_the_same(cache):
+    model, ids, texts = model_of(("T5", T5), "AutoModelForSeq2SeqLM"), tokens(), []
+    for implementation in ("eager", "compiled_fa"):
+        model.set_attn_implementation(implementation)
+        options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+        texts.append(model.generate(ids, attention_mask=PADDING["left"], **options))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_masks_of_four_dimensions_equal_eager(kind):
+    """They say all: causal, too, if that is wanted."""
+    seen = torch.rand(3, 1, LENGTH, LENGTH) < 0.5
+    seen |= torch.eye(LENGTH, dtype=torch.bool)
+    added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    inputs: dict[str, Any] = {"input_ids": tokens(), "use_cache": False}
+    for name in ("llama", "mistral", "gpt-oss"):
+        ours = {**inputs, "attention_mask": seen if kind == torch.bool else added}
+        check_equals_eager(model_of(DECODERS[name]), ours=ours, attention_mask=added, **inputs)
+
+
+def test_padding_with_holes_equals_eager():
+    holes = torch.ones(3, LENGTH, dtype=torch.long)
+    holes[1, 5], holes[2, :4], holes[2, 7] = 0, 0, 0
+    check_equals_eager(model_of(DECODERS["mistral"]), holes, input_ids=tokens(), attention_mask=holes, use_cache=False)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("sliding_window", [None, 3])
+@pytest.mark.parametrize("queries", [LENGTH, 3])
+def test_a_bias_with_padding_and_a_window(padding, sliding_window, queries):
+    """Keys of a bias are those that the mask's lengths say: causal, and in a window."""
+    module = torch.nn.Module()
+    q, k, v = torch.randn(3, 4, queries, 8), *torch.randn(2, 3, 2, LENGTH, 8)
+    bias, mask = torch.randn(1, 4, queries, LENGTH), PADDING[padding]
+    found, _ = integration.attention(module, q, k, v, mask, position_bias=bias, sliding_window=sliding_window)
+    key, position = torch.arange(LENGTH), torch.arange(LENGTH - queries, LENGTH)[:, None]
+    seen = (key <= position) & (mask[:, None, None] != 0)
+    if sliding_window is not None:
+        seen = seen & (key > position - sliding_window)
+    expected, _ = exact_attention(module, q, k, v, seen, 8**-0.5, position_bias=bias)
+    tokens_only = mask[:, LENGTH - queries :].bool()
+    torch.testing.assert_close(found[tokens_only], expected[tokens_only])
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", DECODERS)
 def test_packed_rows_equal_eager(kind, batch):
     if kind == "opt":
         pytest.skip("transformers' OPT does not hand position_ids to attention")
+    if kind == "gpt-oss":
+        pytest.skip("transformers' GPT-OSS does not hand position_ids to its mask: eager attends across rows")
     positions = torch.cat([torch.arange(4), torch.arange(LENGTH - 4)]).expand(batch, -1)
     check_equals_eager(model_of(DECODERS[kind]), input_ids=tokens(batch), position_ids=positions, use_cache=False)
 
@@ -326,25 +417,23 @@ def test_compiled_code_refuses_what_it_would_get_wrong():
 def test_what_cannot_be_served_is_refused():
     model = model_of(DECODERS["llama"])
     model.set_attn_implementation("compiled_fa")
-    ids = tokens()
+    ids, q = tokens(), torch.randn(3, 2, LENGTH, 4)
     holes = torch.ones(3, LENGTH, dtype=torch.long)
     holes[1, 5] = 0
     with pytest.raises(ValueError, match=r'attention_mask has holes.*use attn_implementation="eager"'):
-        model(ids, attention_mask=holes)
+        integration.attention(torch.nn.Module(), q, q, q, holes)
     with pytest.raises(ValueError, match=r"attention_mask: a mask of shape \(3, 1, 12, 12\)"):
-        model(ids, attention_mask=torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril())
+        model(ids, attention_mask=torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.int64).tril())
+    with pytest.raises(ValueError, match=r"attention_mask: a mask of shape \(3, 12, 12\)"):
+        integration.mask(3, LENGTH, LENGTH, attention_mask=torch.ones(3, LENGTH, LENGTH))
     with pytest.raises(ValueError, match="output_attentions"):
         model(ids, output_attentions=True)
-    sinks = {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2}
-    gpt_oss = model_of(("GptOss", {**DECODER, **sinks}))
-    gpt_oss.set_attn_implementation("compiled_fa")
-    with pytest.raises(ValueError, match="s_aux: attention sinks"):
-        gpt_oss(ids)
 
 
-@pytest.mark.parametrize("argument", ["position_bias", "s_aux", "block_table"])
+@pytest.mark.parametrize("argument", ["position_bias", "block_table"])
 def test_arguments_that_are_refused(argument):
-    refused: dict[str, Any] = {argument: torch.ones(1)}
+    sums = torch.tensor([0, 1, 3])
+    refused: dict[str, Any] = {argument: torch.ones(1), "cu_seq_lens_q": sums, "cu_seq_lens_k": sums}
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(ValueError, match=f"^{argument}: "):
         integration.attention(torch.nn.Module(), q, q, q, None, **refused)
@@ -359,20 +448,23 @@ def test_lengths_of_one_side_only_are_refused(given):
 
 
 @pytest.mark.parametrize("how", ["or_mask_function", "and_mask_function", "block_sequence_ids", "chunks"])
-def test_masks_of_another_kind_are_refused(how):
+def test_masks_of_another_kind_are_transformers_own(how):
     from transformers import masking_utils
 
     config = transformers.LlamaConfig(**DECODER)
-    config._attn_implementation = "compiled_fa"
     config.attention_chunk_size = 4 if how == "chunks" else None
     make = masking_utils.create_chunked_causal_mask if how == "chunks" else masking_utils.create_causal_mask
     extra: dict[str, Any] = {}
     if how == "block_sequence_ids":
-        extra[how] = torch.zeros(3, LENGTH, dtype=torch.long)
+        extra[how] = torch.arange(3 * LENGTH).view(3, LENGTH) // 5
     elif how != "chunks":
-        extra[how] = lambda batch, head, q, k: q >= 0
-    with pytest.raises(ValueError, match="mask_function: a mask is wanted that is no padding"):
-        make(config=config, inputs_embeds=torch.empty(3, LENGTH, 0), attention_mask=None, cache=None, **extra)
+        extra[how] = lambda batch, head, q, k: q % 3 != k % 4
+    found = []
+    for config._attn_implementation in ("compiled_fa", "exact"):
+        given = {"inputs_embeds": torch.empty(3, LENGTH, 0), "attention_mask": PADDING["left"], "cache": None}
+        found.append(make(config=config, **given, **extra))
+    assert found[0].shape == (3, 1, LENGTH, LENGTH)
+    assert torch.equal(*found)
 
 
 def test_compiled_code_refuses_blocks():

@@ -15,7 +15,8 @@ import sys
 import torch
 
 from compiled_fa.engines.fused.blocks import BLOCK
-from compiled_fa.engines.fused.options import TURING, options_for
+from compiled_fa.engines.fused.options import options_for
+from compiled_fa.engines.nvidia import TURING
 from compiled_fa.problem import Direction
 from tools.offline.engine_kernels import CLASSES, DIRECTIONS, PLAIN
 

@@ -28,7 +28,14 @@ from tools.offline import Kernel, in_own_process
 from tools.offline.compile import Compiled, compile_ast
 from tools.offline.engine import compile_spec
 from tools.offline.engine_kernels import CLASSES, DIRECTIONS, HEAD_DIMS, PLAIN, all_kernels
-from tools.offline.figures import FEWEST_DOT_INSTRUCTIONS, MULTIPLY_ADDS, SUB_CORES, blocks_per_sm, loops_over_tiles
+from tools.offline.figures import (
+    FEWEST_DOT_INSTRUCTIONS,
+    MULTIPLY_ADDS,
+    SUB_CORES,
+    blocks_per_sm,
+    kinds_of_loops,
+    loops_over_tiles,
+)
 from tools.offline.issue import Run, simulate
 from tools.offline.launches import launches_of
 from tools.offline.machine_code import inner_loops
@@ -76,7 +83,7 @@ def measure(kernel: Kernel, card: Card = T4) -> OfKernel:
     """
     compiled = compile_spec(kernel.spec, turing=True)
     cycles = cycles_of(compiled, card)
-    loops = loops_over_tiles(kernel.spec, compiled)
+    loops = loops_over_tiles(compiled, kinds_of_loops(kernel.spec))
     if not cycles.runs or len(loops) != len(cycles.runs):
         raise ValueError(f"{kernel}: {cycles.blocks} blocks an SM, {len(cycles.runs)} loops with dots")
     unmasked = range(1, len(loops), 2)

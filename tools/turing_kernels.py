@@ -85,15 +85,22 @@ def code_of(compiled: Compiled) -> Code:
     )
 
 
-def compiled_apart(launch: Launch, turing: bool) -> Result:
-    """In a forked process: Triton's compiler ends the process that it is in where it fails inside LLVM."""
+def compiled_apart(launch: Launch, turing: bool, seconds: float | None = None) -> Result:
+    """In a forked process: Triton's compiler ends the process that it is in where it fails inside LLVM.
+
+    seconds: after which it is given up
+    """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_compile_into, args=(theirs, launch, turing))
     process.start()
     theirs.close()
     try:
-        result: Result = ours.recv()
+        if ours.poll(seconds):
+            result: Result = ours.recv()
+        else:
+            process.kill()
+            result = f"not compiled after {seconds:.0f} s"
     except EOFError:
         process.join()
         result = f"the compiler ended with exit code {process.exitcode}"

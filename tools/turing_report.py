@@ -11,7 +11,6 @@ counting no multiply-add twice; latency, and whatever is outside the loops, come
 import argparse
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
 import hashlib
 import itertools
@@ -19,8 +18,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +40,7 @@ from tools.offline.engine_kernels import (
     all_kernels,
 )
 from tools.offline.figures import SHARED, SUB_CORES, Figures, measure
+from tools.offline.provenance import provenance
 
 Traffic = Callable[[Kernel], Mapping[str, float]]  # bytes that a kernel moves, by what they are
 ROOT = pathlib.Path(__file__).parents[1]
@@ -177,19 +175,23 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "| " + " | ".join(columns) + " |"
     yield "| --- " * len(columns) + "|"
     for row in rows:
-        cells = [f"{row['direction']} {row['head_dim']}, {row['features']}", _options_text(row["options"])]
         ours, stock = row["turing"], row["stock"]
-        if isinstance(ours, str):
-            cells += [ours, "", "", "", ""]
-        else:
-            cells += [_counts(ours), str(ours["registers"]), _kilobytes(ours), str(ours["blocks_per_sm"]), _peak(ours)]
+        of_row = [f"{row['direction']} {row['head_dim']}, {row['features']}", *cells(row["options"], ours)]
         if isinstance(stock, Mapping):
-            cells += [_counts(stock), _kilobytes(stock), _peak(stock)]
+            of_row += [_counts(stock), _kilobytes(stock), _peak(stock)]
         else:
-            cells += [stock or "", "", ""]
+            of_row += [stock or "", "", ""]
         if has_traffic:
-            cells.append(", ".join(f"{name} {n:.3g}" for name, n in row.get("traffic", {}).items()))
-        yield "| " + " | ".join(cells) + " |"
+            of_row.append(", ".join(f"{name} {n:.3g}" for name, n in row.get("traffic", {}).items()))
+        yield "| " + " | ".join(of_row) + " |"
+
+
+def cells(options: Mapping[str, int], figures: Mapping[str, Any] | str) -> list[str]:
+    """Of a row, behind the kernel's name."""
+    if isinstance(figures, str):
+        return [_options_text(options), figures, "", "", "", ""]
+    registers, blocks = str(figures["registers"]), str(figures["blocks_per_sm"])
+    return [_options_text(options), _counts(figures), registers, _kilobytes(figures), blocks, _peak(figures)]
 
 
 def _options_text(options: Mapping[str, int]) -> str:
@@ -319,7 +321,7 @@ def main() -> int:
             rows.append({**name, "candidates": candidates})
             print(f"{kernel.direction} {kernel.head_dim}, {kernel.features}")
             for candidate in candidates[:3]:
-                print("  ", _candidate_text(candidate))
+                print("  ", candidate_text(candidate))
     else:
         chosen = [
             kernel
@@ -332,7 +334,7 @@ def main() -> int:
         print("\n".join(markdown(rows)))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({**_provenance(), "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**provenance("tools.turing_report"), "rows": rows}, indent=1) + "\n")
     return 0
 
 
@@ -344,7 +346,7 @@ def _traffic(kernel: Kernel) -> dict[str, float]:
     return {"modelled": model, **kernel_traffic.measured(kernel.direction, kernel.head_dim, 256)}
 
 
-def _candidate_text(candidate: Mapping[str, Any]) -> str:
+def candidate_text(candidate: Mapping[str, Any]) -> str:
     figures = candidate["turing"]
     if isinstance(figures, str):
         return f"{_options_text(candidate['options'])}: {figures}"
@@ -352,21 +354,6 @@ def _candidate_text(candidate: Mapping[str, Any]) -> str:
         f"{_options_text(candidate['options'])}: {figures['spills']} spills, {figures['registers']} registers, "
         f"{_kilobytes(figures)}, {figures['blocks_per_sm']} blocks/SM, {_peak(figures)} of peak"
     )
-
-
-def _provenance() -> dict[str, Any]:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout.strip()
-
-    return {
-        "command": shlex.join(["python", "-m", "tools.turing_report", *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "device": "none: compiled for sm_75",
-    }
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from .base import Peer, Prepared
 PEERS: dict[str, Peer] = {
     "ours": ours.OURS,
     "ours dense": ours.OURS_DENSE,
+    "ours fused": ours.by_engine("fused"),
+    "ours triton": ours.by_engine("triton"),
     "ours cache": cache.CACHE,
     "ours append": cache.APPEND,
     "naive": naive.NAIVE,

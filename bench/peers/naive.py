@@ -24,7 +24,7 @@ def _prepare(inputs: Inputs) -> Prepared:
     scale = case.head_dim**-0.5
     visible = inputs.visible(*case.lengths[0])
     hidden = ~visible if visible is not None else None
-    bias = inputs.bias(*case.lengths[0])
+    bias = inputs.alibi_bias(*case.lengths[0])
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_fa import flash_attn_func, flash_attn_varlen_func
+from compiled_fa import flash_attn_func, flash_attn_varlen_func, use_engine
 
 from ..cases import Case, Direction, Inputs
-from .base import Peer, Prepared, dense, packed
+from .base import Attend, Peer, Prepared, dense, packed
 
 
 def _options(inputs: Inputs) -> dict[str, Any]:
@@ -82,6 +82,27 @@ def _prepare_dense(inputs: Inputs) -> Prepared:
     prepared = _dense(inputs)
     q, k, v = prepared.leaves
     return replace(prepared, leaves=(q, k.clone(), v.clone()))
+
+
+def by_engine(name: str) -> Peer:
+    """Ours by this one of the engines of a GPU, whichever would be chosen."""
+
+    def by_name(attend: Attend) -> Attend:
+        def attend_by_name(*leaves: Tensor) -> Tensor:
+            with use_engine(name):  # backward is by the engine that forward was asked to be by
+                return attend(*leaves)
+
+        return attend_by_name
+
+    def refusal(case: Case, direction: Direction, device_type: str) -> str | None:
+        return _refusal(case, direction, device_type) or (None if device_type == "cuda" else "needs a CUDA device")
+
+    def prepare(inputs: Inputs) -> Prepared:
+        prepared = _prepare(inputs)
+        checked = None if prepared.checked is None else by_name(prepared.checked)
+        return replace(prepared, attend=by_name(prepared.attend), checked=checked)
+
+    return Peer(refusal, prepare)
 
 
 OURS = Peer(_refusal, _prepare)

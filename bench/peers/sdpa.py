@@ -41,7 +41,7 @@ def _plain(case: Case) -> bool:
 def _mask(inputs: Inputs) -> Tensor | None:
     if _plain(inputs.case):
         return None
-    visible, bias = inputs.visible(*inputs.case.lengths[0]), inputs.bias(*inputs.case.lengths[0])
+    visible, bias = inputs.visible(*inputs.case.lengths[0]), inputs.alibi_bias(*inputs.case.lengths[0])
     if bias is None:
         return visible
     return bias if visible is None else bias.masked_fill_(~visible, float("-inf"))

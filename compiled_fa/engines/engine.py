@@ -48,5 +48,8 @@ class Engine(Protocol):
 
     def backward(
         self, problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> dq, dk, dv, from the lse given, which may be merged over more keys than these; dlse: its gradient."""
+    ) -> tuple[Tensor, ...]:
+        """-> dq, dk, dv, from the lse given, which may be merged over more keys than these; dlse: its gradient.
+
+        And dbias where problem.bias_gradient: of problem.bias's shape and dtype, contiguous.
+        """

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..inductor.steps import eager_reason
 from ..messages import say_once
 from ..problem import Direction, Problem
 from ..tuning import Tuning, current
-from . import fused, sdpa_cpu, split_kv, tiled
+from . import fused, sdpa_cpu, split_kv, tiled, triton
 from .engine import CannotServeError, Engine
 
 
@@ -27,9 +27,11 @@ def _engines(*modules: Engine) -> tuple[Engine, ...]:
 
 
 # In the order of preference. The last one serves everything.
-ENGINES = _engines(fused, split_kv, sdpa_cpu, tiled)
+ENGINES = _engines(fused, triton, split_kv, sdpa_cpu, tiled)
 
 _BEFORE_THE_LAST = ENGINES[-2::-1]  # the least preferred first
+
+Results = TypeVar("Results")
 
 IN_CONTEXT = "context"  # an engine's name in compiled code: that which use_engine says where the op is called
 
@@ -51,38 +53,41 @@ class Route(NamedTuple):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """-> out, lse."""
-        try:
-            return self.engine.forward(self.problem)
-        except CannotServeError as error:
-            return self._after(error).forward(self.problem)
+        return self._served(lambda engine: engine.forward(self.problem))
 
-    def backward(
-        self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> dq, dk, dv."""
-        try:
-            return self.engine.backward(self.problem, dout, out, lse, dlse)
-        except CannotServeError as error:
-            return self._after(error).backward(self.problem, dout, out, lse, dlse)
+    def backward(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, ...]:
+        """-> dq, dk, dv; and dbias where it is wanted."""
+        return self._served(lambda engine: engine.backward(self.problem, dout, out, lse, dlse))
 
-    def _after(self, error: CannotServeError) -> Engine:
-        """The engine that serves in place of one that found out that it cannot, which is said once."""
-        name = self.engine.name
+    def _served(self, by: Callable[[Engine], Results]) -> Results:
+        """By the engine; in place of one that finds out that it cannot, which is said once, by the first that can."""
+        try:
+            return by(self.engine)
+        except CannotServeError as error:
+            name, found = self.engine.name, error
         if self.by_name:
-            raise RuntimeError(f"the {name} engine was asked for and cannot serve this call: {error}") from error
-        for engine in ENGINES[ENGINES.index(self.engine) + 1 :]:
-            if engine.unsupported_reason(self.problem.q.device, self.problem, self.direction) is None:
-                say_once(f"the {engine.name} engine serves in place of {name}, which cannot: {error}")
-                return engine
-        raise error
+            raise RuntimeError(f"the {name} engine was asked for and cannot serve this call: {found}") from found
+        for engine in ENGINES:
+            able = engine.unsupported_reason(self.problem.q.device, self.problem, self.direction) is None
+            if engine is not self.engine and able:
+                with suppress(CannotServeError):
+                    results = by(engine)
+                    say_once(f"the {engine.name} engine serves in place of {name}, which cannot: {found}")
+                    return results
+        raise found
 
     def refusals(self) -> list[tuple[str, str]]:
         """The engines that come before it, and why they do not serve."""
         device, refusals = self.problem.q.device, []
         for engine in ENGINES[: ENGINES.index(self.engine)]:
             reason = engine.unsupported_reason(device, self.problem, self.direction)
-            refusals.append((engine.name, reason or f"{self.engine.name} is faster"))
+            refusals.append((engine.name, reason or faster(self.engine)))
         return refusals
+
+
+def faster(engine: Engine) -> str:
+    """Why another one, which could, does not serve."""
+    return f"{engine.name} is faster"
 
 
 @contextmanager
@@ -146,8 +151,8 @@ def _best(problem: Problem, direction: Direction) -> Engine:
         defers = engine.defers(problem, direction, chosen.name)
         if not defers and engine.unsupported_reason(device, problem, direction) is None:
             chosen = engine
-    if chosen is not ENGINES[0] and device.type != "cpu":
-        refusals = Route(chosen, problem, direction).refusals()
+    refusals = Route(chosen, problem, direction).refusals() if device.type != "cpu" else []
+    if any(reason != faster(chosen) for _, reason in refusals):
         why = "; ".join(f"not {other}: {reason}" for other, reason in refusals)
         say_once(f"the {chosen.name} engine serves on {device.type}, {why}")
     return chosen

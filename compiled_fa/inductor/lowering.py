@@ -4,9 +4,9 @@ An op's Python (checks, the choice of an engine) takes 40 µs in compiled code, 
 it is known when a graph is made, and the engine's operators stand there in the op's place. Other backends of
 torch.compile, and torch.export, see the op.
 
-Private API: register_decomposition and fast_random_decomps of torch._inductor.decomposition, make_fallback of
-torch._inductor.lowering, tried with torch 2.11.0, 2.13.0 and 2.15.0; where they are missing, ops stay ops in compiled
-code, and a warning says so once.
+Private API: torch._guards.TracingContext, register_decomposition and fast_random_decomps of
+torch._inductor.decomposition, make_fallback of torch._inductor.lowering, tried with torch 2.11.0, 2.13.0 and 2.15.0;
+where the last three are missing, ops stay ops in compiled code, and a warning says so once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._guards import TracingContext
 
 from ..messages import say_once
 
@@ -35,9 +36,14 @@ def prepare(function: Callable[[], None]) -> None:
     _preparations.append(function)
 
 
+def traced() -> None:
+    """To be called when an op is traced. Whoever traces for no compiler, as DTensor does, shall not wait for one."""
+    if TracingContext.try_get() is not None:
+        tell_inductor()
+
+
 def tell_inductor() -> None:
-    """To be called when an op is traced. Whoever compiles with Inductor has imported it by then; others shall not wait
-    for that."""
+    """Whoever compiles with Inductor has imported it by then; others shall not wait for that."""
     if not _untold or "torch._inductor" not in sys.modules:
         return
     rules = dict(_untold)

@@ -29,6 +29,8 @@ class Features:
     masked: bool
     dtype: torch.dtype
     product_dtype: torch.dtype  # of scores and dprobs
+    bias: torch.dtype | None = None  # None: there is none
+    bias_gradient: bool = False
 
     @classmethod
     def of(cls, program: ScoreProgram, masked: bool, dtype: torch.dtype, product_dtype: torch.dtype) -> Features:
@@ -37,11 +39,12 @@ class Features:
 
     @property
     def plain(self) -> bool:
-        return not (self.softcap or self.alibi or self.dropout)
+        return not (self.softcap or self.alibi or self.dropout or self.bias)
 
     @property
     def words(self) -> str:
         chosen = {"softcap": self.softcap, "ALiBi": self.alibi, "dropout": self.dropout, "mask": self.masked}
+        chosen["bias"] = self.bias is not None
         dtype = str(self.product_dtype).removeprefix("torch.")
         return ", ".join([name for name, present in chosen.items() if present] + [dtype])
 

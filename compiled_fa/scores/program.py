@@ -1,6 +1,7 @@
 """The score program: everything between q·k and the softmax, and the dropout after it.
 
-`score`, `mask` and `keep` are functions of (score, batch, head, q_idx, kv_idx) on tensors of broadcastable shapes. The
+`score`, `mask` and `keep` are functions of (score, batch, head, q_idx, kv_idx) on tensors of broadcastable shapes; a
+bias is read by whoever computes, where it lies, and given to `score` as what these elements have of it. The
 tiled engine calls them on whole tiles; torch's flex_attention takes `score` as its score_mod (with scale=1.0) and
 `mask` as its mask_mod, unchanged (create_block_mask wants functools.partial(program.mask): it counts arguments, and a
 bound method's self among them). Indices count within their own sequence.
@@ -47,14 +48,22 @@ class ScoreProgram:
     def _position(self, batch: Tensor, q_idx: Tensor) -> Tensor:
         return masks.query_position(q_idx, _of_batch(self.seqlen_q, batch), _of_batch(self.seqlen_k, batch))
 
-    def score(self, product: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """q·k -> the score that enters the softmax (a flex_attention score_mod)."""
+    def score(
+        self,
+        product: Tensor,
+        batch: Tensor,
+        head: Tensor,
+        q_idx: Tensor,
+        kv_idx: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """q·k -> the score that enters the softmax (a flex_attention score_mod). bias: of these elements."""
         score = terms.scaled(product, self.softmax_scale)
         if self.softcap is not None:
             score = terms.softcapped(score, self.softcap)
         if self.alibi_slopes is not None:
             score = terms.alibi(score, self.alibi_slopes[batch, head], self._position(batch, q_idx), kv_idx)
-        return score
+        return score if bias is None else terms.biased(score, bias)
 
     def reach(self, largest_product: float, slope: float, dtype: torch.dtype) -> float:
         """Distance in tokens from which ALiBi leaves a key no weight, for heads of at least this slope; inf: none.
@@ -67,7 +76,7 @@ class ScoreProgram:
         return terms.alibi_reach(slope, bound, dtype)
 
     def product_gradient(self, dscore: Tensor, product: Tensor) -> Tensor:
-        """Gradient of the score -> gradient of q·k. ALiBi only adds, so it plays no part."""
+        """Gradient of the score -> gradient of q·k. ALiBi and a bias only add, so they play no part."""
         if self.softcap is not None:
             capped = terms.softcapped(terms.scaled(product, self.softmax_scale), self.softcap)
             dscore = dscore * terms.softcap_derivative(capped, self.softcap)

@@ -1,6 +1,7 @@
 """The terms that make a score out of a dot product, in the order in which they apply.
 
     product  -scale->  softmax_scale * product  -softcap->  c * tanh(. / c)  -ALiBi->  . - slope * |position - key|
+    -bias->  . + bias, in natural logarithms, as F.scaled_dot_product_attention's attn_mask; or -inf where it is False
 
 Every function is elementwise on tensors of any broadcastable shape, so that it serves a whole tile and, inside
 flex_attention, a single element.
@@ -35,6 +36,21 @@ def softcap_derivative(capped: Tensor, softcap: float | Tensor) -> Tensor:
 def alibi(score: Tensor, slope: Tensor, position: Tensor, kv_idx: Tensor) -> Tensor:
     """score - slope * |position - kv_idx| (ALiBi, arXiv 2108.12409, with flash_attn's absolute distance)."""
     return score - slope * (position - kv_idx).abs()
+
+
+def biased(score: Tensor, bias: Tensor) -> Tensor:
+    """score + bias; of a bool bias: the score where it is True, else -inf."""
+    if bias.dtype == torch.bool:
+        return torch.where(bias, score, -inf)
+    return score + bias.to(score.dtype)
+
+
+def add_bias(score: Tensor, bias: Tensor) -> None:
+    """`biased`, in place."""
+    if bias.dtype == torch.bool:
+        score.masked_fill_(bias.logical_not(), -inf)
+    else:
+        score.add_(bias)
 
 
 def alibi_reach(slope: float, bound: float, dtype: torch.dtype) -> float:

@@ -11,11 +11,12 @@ strategies.py   problems drawn by hypothesis, which only this module needs
 """
 
 from .budget import check_against_float64
-from .cases import Case, Inputs, cumulative
+from .cases import Bias, Case, Inputs, cumulative
 from .run import RESULTS, packed, run, run_engine, run_function, run_naive, run_op
 
 __all__ = [
     "RESULTS",
+    "Bias",
     "Case",
     "Inputs",
     "check_against_float64",

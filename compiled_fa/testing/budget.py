@@ -54,18 +54,29 @@ def magnitudes(inputs: Inputs[Any]) -> dict[str, float]:
     keep_probability, scale = 1.0 - case.dropout_p, abs(case.scale)
     queries_per_key = max(1, q.shape[0] * case.heads_per_key) ** 0.5  # roundings add up like a walk
     score = scale * longest_row(q) * longest_row(k)
+    bias = inputs.bias if inputs.bias is not None and inputs.bias.is_floating_point() else None
+    if bias is not None:
+        score += largest(bias.nan_to_num(neginf=0.0))
     # p is off by roundings of its score and of lse; dS = P (dP - delta) by those of dP and delta.
     probability = 1.0 + score
     dscore = longest_row(inputs.dout) * longest_row(v) / keep_probability * probability
     if inputs.dlse is not None:
         dscore += largest(inputs.dlse) * probability
-    return {
+    found = {
         "out": largest(v) / keep_probability * probability,
         "lse": probability,
         "dq": scale * dscore * largest(k),
         "dk": scale * dscore * largest(q) * queries_per_key,
         "dv": largest(inputs.dout) / keep_probability * probability * queries_per_key,
     }
+    if bias is not None:
+        # delta is made of out, which is rounded to the case's dtype: a score's gradient has that, too.
+        wide = torch.promote_types(case.dtype, torch.float32)
+        rounding = torch.finfo(case.dtype).eps / (ROUNDINGS * torch.finfo(wide).eps)
+        of_delta = longest_row(inputs.dout) * longest_row(v) / keep_probability * rounding
+        scores = case.batch * case.nheads * case.max_seqlen_q * case.max_seqlen_k
+        found["dbias"] = (dscore + of_delta) * (scores / max(1, bias.numel())) ** 0.5
+    return found
 
 
 class Expected(NamedTuple):
@@ -88,6 +99,8 @@ def expected(inputs: Inputs[Any], gradients: bool = True) -> dict[str, Expected]
     """Of a case's results, by name: all, or without gradients."""
     gradients = gradients and not inputs.case.page_size
     exact, naive = (run_naive(inputs, dtype, gradients) for dtype in (torch.float64, inputs.case.dtype))
+    if "dbias" in naive and naive["dbias"].dtype.itemsize > inputs.case.dtype.itemsize:
+        naive["dbias"] = naive["dbias"].to(inputs.case.dtype)  # it was computed in no more
     sizes = magnitudes(inputs)
     return {name: Expected.of(naive[name], x, sizes[name]) for name, x in exact.items()}
 

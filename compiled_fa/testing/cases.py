@@ -9,17 +9,32 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..problem import Packed, Problem
+from ..problem import Packed, Problem, bias_part
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Slopes = Literal["none", "heads", "batch", "paper"]
+DIMS = "bhqk"  # of a bias: sequences, heads, queries, keys
 
 NOBODY = 10**6  # a block that does not exist
 UNUSED_PAGES = 2
 
 C = TypeVar("C", bound="Case")
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A bias of a dense case, with which some keys are hidden, and of some queries all.
+
+    varies: with which of DIMS. dtype: bool, or of floating point. The dimensions of which it has one element are
+    expanded where `expanded`, else of size 1. transposed: keys lie furthest apart in memory.
+    """
+
+    varies: str = DIMS
+    dtype: torch.dtype = torch.float32
+    expanded: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,7 @@ class Case:
     slopes: ALiBi's: "none"; "heads", (H,), or "batch", (B, H), at random; "paper", (H,), the paper's for so many heads.
     seed: of the tensors and of dropout.
     page_size: rows of the pages in which keys and values lie; q is packed then. 0: they lie in one piece.
+    bias: of a dense case, or None.
     """
 
     lengths: tuple[tuple[int, int], ...]
@@ -50,10 +66,13 @@ class Case:
     dropout_p: float = 0.0
     seed: int = 0
     page_size: int = 0
+    bias: Bias | None = None
 
     def __post_init__(self) -> None:
         if self.dense and len(set(self.lengths)) > 1:
             raise ValueError(f"lengths must be alike where dense is True, got {self.lengths}")
+        if self.bias is not None and not self.dense:
+            raise ValueError(f"bias must be None where dense is False, got {self.bias}")
         if not self.head_dim_v:
             object.__setattr__(self, "head_dim_v", self.head_dim)
 
@@ -101,6 +120,7 @@ class Inputs(Generic[C]):
     dlse: lse's gradient, (H, Tq), fp32 (fp64 for fp64 inputs); None: nobody differentiates lse.
     alibi_slopes: fp32, (H,) or (B, H), or None. dropout_seed: int64, (1,), or None.
     origin: numbers of the first sequence, head and query, where these are a part of other inputs: dropout knows them.
+    bias: four dimensions, or None.
     cu_seqlens_q, cu_seqlens_k: int32, (B + 1,); one and the same where lengths are, as in self-attention.
     """
 
@@ -113,6 +133,7 @@ class Inputs(Generic[C]):
     alibi_slopes: Tensor | None = None
     dropout_seed: Tensor | None = None
     origin: tuple[int, int, int] = (0, 0, 0)
+    bias: Tensor | None = None
     cu_seqlens_q: Tensor = field(init=False)
     cu_seqlens_k: Tensor = field(init=False)
 
@@ -136,6 +157,7 @@ class Inputs(Generic[C]):
         wide = torch.float64 if case.dtype == torch.float64 else torch.float32
         dlse = torch.randn(case.nheads, total_q, generator=generator, dtype=wide).to(device)
         slopes = _slopes(case, generator)
+        bias = _bias(case, generator, std)
         return cls(
             case,
             q,
@@ -145,6 +167,7 @@ class Inputs(Generic[C]):
             dlse,
             alibi_slopes=slopes.to(device) if slopes is not None else None,
             dropout_seed=torch.tensor([case.seed * 7919 + 1], device=device) if case.dropout_p else None,
+            bias=bias.to(device) if bias is not None else None,
         )
 
     @property
@@ -152,7 +175,7 @@ class Inputs(Generic[C]):
         return self.q.device
 
     def to(self, device: torch.device | str) -> Self:
-        names = ("q", "k", "v", "dout", "dlse", "alibi_slopes", "dropout_seed")
+        names = ("q", "k", "v", "dout", "dlse", "alibi_slopes", "dropout_seed", "bias")
         tensors = {name: getattr(self, name) for name in names}
         return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
 
@@ -204,7 +227,7 @@ class Inputs(Generic[C]):
         heads = slice(head * heads_per_key, (head + 1) * heads_per_key)
         first = seqlen_q - queries
         of_q, of_k = (slice(first, None), heads), (slice(None), slice(head, head + 1))
-        slopes, dlse = self.alibi_slopes, self.dlse
+        slopes, dlse, bias = self.alibi_slopes, self.dlse, self.bias
         if slopes is not None:
             slopes = slopes[heads] if slopes.dim() == 1 else slopes[number : number + 1, heads]
         return replace(
@@ -216,6 +239,7 @@ class Inputs(Generic[C]):
             dout=self.sequence(self.dout, number, 0)[of_q],
             dlse=self.sequence(dlse.mT, number, 0)[of_q].mT if dlse is not None else None,
             alibi_slopes=slopes,
+            bias=None if bias is None else bias_part(bias, slice(number, number + 1), *of_q[::-1], slice(None)),
             origin=(self.origin[0] + number, self.origin[1] + heads.start, self.origin[2] + first),
         )
 
@@ -248,7 +272,27 @@ class Inputs(Generic[C]):
             k, v, block_table = self.pages()
             return Problem.of(self.q, k, v, Packed(*self.packing, block_table), *self.options)
         q, k, v = (self.laid_out(x) for x in (self.q, self.k, self.v))
-        return Problem.of(q, k, v, Packed(*self.packing) if self.varlen else None, *self.options)
+        packed, bias = Packed(*self.packing) if self.varlen else None, self.bias
+        bias_gradient = bias is not None and bias.is_floating_point()
+        return Problem.of(q, k, v, packed, *self.options, bias=bias, bias_gradient=bias_gradient)
+
+
+def _bias(case: Case, generator: torch.Generator, std: float) -> Tensor | None:
+    if case.bias is None:
+        return None
+    full = case.batch, case.nheads, case.max_seqlen_q, case.max_seqlen_k
+    sizes = [size if dim in case.bias.varies else 1 for dim, size in zip(DIMS, full, strict=True)]
+    numbers = torch.randn(sizes, generator=generator)
+    hidden = torch.rand(sizes, generator=generator) < 0.2
+    if "q" in case.bias.varies:
+        hidden |= torch.rand(*sizes[:3], 1, generator=generator) < 0.1
+    if case.bias.dtype == torch.bool:
+        bias = ~hidden
+    else:
+        bias = (numbers * std).masked_fill_(hidden, -torch.inf).to(case.bias.dtype)
+    if case.bias.transposed:
+        bias = bias.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    return bias.expand(full) if case.bias.expanded else bias
 
 
 def _slopes(case: Case, generator: torch.Generator) -> Tensor | None:

@@ -47,10 +47,12 @@ def naive_attention(
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     keep: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) -> out (B, Sq, H, Dv), lse (B, H, Sq).
 
     alibi_slopes: (H,) or (B, H). keep: bool (B, H, Sq, Sk), which probabilities dropout keeps.
+    bias: broadcastable to (B, H, Sq, Sk): bool, True where a key is seen, or added to scores.
     """
     seqlen_q, nheads, seqlen_k, nheads_k = *q.shape[1:3], *k.shape[1:3]
     heads_per_key = nheads // nheads_k
@@ -64,6 +66,10 @@ def naive_attention(
         slopes = alibi_slopes.to(torch.promote_types(scores.dtype, alibi_slopes.dtype))
         scores = scores - (slopes[..., None, None] * (position - key).abs()).to(scores.dtype)
     hidden = ~visible_keys(seqlen_q, seqlen_k, causal, window_size, q.device)
+    if bias is not None and bias.dtype == torch.bool:
+        hidden = hidden | ~bias
+    elif bias is not None:
+        scores, hidden = scores + bias.to(scores.dtype), hidden | (bias == -math.inf)
     scores = scores.masked_fill(hidden, -math.inf)
     lse = torch.logsumexp(scores, -1) if seqlen_k else scores.new_full(scores.shape[:-1], -math.inf)
     probs = torch.softmax(scores, -1).masked_fill(hidden, 0.0)  # rows without a key are nan before

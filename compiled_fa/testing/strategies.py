@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from .cases import Case
+from .cases import DIMS, Bias, Case
 
 TILE = 16  # lengths are drawn around its multiples
 LENGTHS = st.one_of(
@@ -17,6 +17,14 @@ LENGTHS = st.one_of(
 )
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64])
 WINDOW_SIDE = st.one_of(st.just(-1), st.integers(0, 40))
+
+BIASES = st.builds(
+    Bias,
+    st.sampled_from([DIMS, DIMS, "hqk", "bqk", "bk", "qk", "hk", "bhq", ""]),
+    st.sampled_from([torch.float32, torch.float32, torch.bool, torch.float16, torch.bfloat16, torch.float64]),
+    st.booleans(),
+    st.booleans(),
+)
 
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "nheads_k": st.integers(1, 3),

@@ -25,7 +25,20 @@ from .. import config
 from .classes import cpu_class
 from .cpu import TABLES
 from .files import load
-from .form import AT_EVERY_CALL, AT_NO_CALL, NEVER, FlexOptions, Fused, Rule, SdpaCpu, Sizes, SplitKV, Tiled, Tuning
+from .form import (
+    AT_EVERY_CALL,
+    AT_NO_CALL,
+    NEVER,
+    FlexOptions,
+    Fused,
+    Rule,
+    SdpaCpu,
+    Sizes,
+    SplitKV,
+    Tiled,
+    TileOptions,
+    Tuning,
+)
 from .gpu_tiles import GPU
 
 __all__ = [
@@ -38,6 +51,7 @@ __all__ = [
     "SdpaCpu",
     "Sizes",
     "SplitKV",
+    "TileOptions",
     "Tiled",
     "Tuning",
     "changed",

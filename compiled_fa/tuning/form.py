@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 FlexOptions = tuple[tuple[str, int], ...]  # a kernel's tile sizes, warps and stages, by the flex template's names
 
+TileOptions = tuple[int, int, int, int]  # of a kernel of our own: BLOCK_M, BLOCK_N, warps, stages
+
 NEVER = 1 << 62
 
 
@@ -182,6 +184,19 @@ class Fused:
     fp16: Mapping[tuple[str, int, str], FlexOptions]
     wide: Mapping[tuple[str, int], FlexOptions]
     newer: Mapping[tuple[int, int, str, int], FlexOptions]
+
+
+@dataclass(frozen=True)
+class OwnKernels:
+    """Options of the triton engine's kernels, which are "forward", "queries" (backward: dq) and "keys" (dk, dv). On
+    Turing by (kernel, head_dim, "plain" or, with terms that cost registers, "many"), and in dtypes that its tensor
+    cores do not take by (kernel, head_dim); on newer GPUs by (KB of shared memory, bytes of an element, kernel,
+    head_dim)."""
+
+    measured_on: str | None
+    fp16: Mapping[tuple[str, int, str], TileOptions]
+    wide: Mapping[tuple[str, int], TileOptions]
+    newer: Mapping[tuple[int, int, str, int], TileOptions]
 
 
 @dataclass(frozen=True)

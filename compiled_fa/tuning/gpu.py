@@ -1,11 +1,11 @@
-"""Tile sizes of the fused engine's kernels, by (direction, head_dim, kind of features).
+"""Tile sizes of Triton kernels: FUSED of the fused engine's, OWN of the triton engine's.
 
 No card was there to measure them on: they were found by compiling for sm_75 and reading the machine code.
 """
 
 from __future__ import annotations
 
-from .form import FlexOptions, Fused
+from .form import FlexOptions, Fused, OwnKernels, TileOptions
 
 
 def _forward(block_m: int, block_n: int, num_warps: int, num_stages: int) -> FlexOptions:
@@ -111,5 +111,60 @@ _AMPERE: dict[tuple[int, int, str, int], FlexOptions] = {
     (227, 4, "backward", 128): _backward(32, 32, 32, 32, 8, 1),
     (227, 4, "backward", 256): _backward(32, 32, 32, 32, 8, 1),
 }
+
+# The triton engine's on Turing, by (kernel, head_dim, kind of terms).
+_OWN_FP16: dict[tuple[str, int, str], TileOptions] = {
+    ("forward", 32, "plain"): (128, 64, 4, 2),
+    ("forward", 32, "many"): (128, 64, 4, 2),
+    ("forward", 64, "plain"): (128, 32, 4, 2),
+    ("forward", 64, "many"): (128, 32, 4, 2),
+    ("forward", 128, "plain"): (128, 32, 8, 2),
+    ("forward", 128, "many"): (128, 32, 8, 2),
+    ("forward", 256, "plain"): (64, 16, 4, 1),
+    ("forward", 256, "many"): (64, 16, 4, 1),
+    ("queries", 32, "plain"): (64, 32, 4, 2),
+    ("queries", 32, "many"): (64, 32, 4, 2),
+    ("queries", 64, "plain"): (64, 32, 4, 2),
+    ("queries", 64, "many"): (64, 32, 4, 2),
+    ("queries", 128, "plain"): (32, 32, 4, 1),
+    ("queries", 128, "many"): (32, 32, 4, 1),
+    ("queries", 256, "plain"): (32, 16, 4, 1),
+    ("queries", 256, "many"): (32, 16, 4, 1),
+    ("keys", 32, "plain"): (32, 64, 4, 2),
+    ("keys", 32, "many"): (32, 64, 4, 2),
+    ("keys", 64, "plain"): (32, 64, 4, 2),
+    ("keys", 64, "many"): (32, 64, 4, 2),
+    ("keys", 128, "plain"): (32, 32, 4, 1),
+    ("keys", 128, "many"): (32, 32, 4, 1),
+    ("keys", 256, "plain"): (16, 32, 8, 1),
+    ("keys", 256, "many"): (16, 32, 8, 1),
+}
+
+
+def _of_flex(options: FlexOptions) -> dict[str, TileOptions]:
+    """The template's options as those of kernels of our own, whose tiles are of the same shapes."""
+    found, warps = dict(options), dict(options[-2:])
+    of = {"forward": ("BLOCK_M", "BLOCK_N"), "queries": ("BLOCK_M2", "BLOCK_N2"), "keys": ("BLOCK_M1", "BLOCK_N1")}
+    return {
+        kernel: (found[m], found[n], warps["num_warps"], warps["num_stages"])
+        for kernel, (m, n) in of.items()
+        if m in found
+    }
+
+
+# Elsewhere those of the template, whose tiles take as much shared memory.
+_OWN_WIDE = {
+    (kernel, head_dim): own
+    for (_, head_dim), options in _TURING_WIDE.items()
+    for kernel, own in _of_flex(options).items()
+}
+_OWN_NEWER = {
+    (kilobytes, itemsize, kernel, head_dim): own
+    for (kilobytes, itemsize, _, head_dim), options in _AMPERE.items()
+    if head_dim <= 256
+    for kernel, own in _of_flex(options).items()
+}
+
+OWN = OwnKernels(measured_on=None, fp16=_OWN_FP16, wide=_OWN_WIDE, newer=_OWN_NEWER)
 
 FUSED = Fused(measured_on=None, fp16=_TURING_FP16, wide=_TURING_WIDE, newer=_AMPERE)

@@ -1,4 +1,4 @@
-"""Both engines on the device against float64: forward, gradients, every dtype; models, CUDA graphs, no host sync."""
+"""The engines on the device against float64: forward, gradients, every dtype; models, CUDA graphs, no host sync."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from support import Case, check_against_float64, cumulative, make, run_engine
 from torch.utils.checkpoint import checkpoint
 
 from compiled_fa import flash_attn_func, flash_attn_varlen_func, use_engine
-from compiled_fa.engines import fused, tiled
+from compiled_fa.engines import fused, tiled, triton
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -32,7 +32,7 @@ def run_on(device, engine, data):
     return {name: x.cpu() for name, x in run_engine(engine, data.to(device)).items()}
 
 
-@pytest.mark.parametrize("engine", [fused, tiled], ids=["fused", "tiled"])
+@pytest.mark.parametrize("engine", [fused, triton, tiled], ids=["fused", "triton", "tiled"])
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,15 +43,18 @@ def test_agrees_with_float64(device, engine, options, lengths, dtype):
 
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(8, 8), (32, 32), (80, 80), (128, 128), (192, 128), (256, 256)])
-def test_head_dims(device, head_dim, head_dim_v):
+@pytest.mark.parametrize("engine", [fused, triton], ids=["fused", "triton"])
+def test_head_dims(device, engine, head_dim, head_dim_v):
     case = Case(((200, 200),), True, head_dim=head_dim, head_dim_v=head_dim_v, dtype=torch.float16, causal=True)
-    check_against_float64(make(case), run_on(device, fused, make(case)))
+    check_against_float64(make(case), run_on(device, engine, make(case)))
 
 
 def test_engines_drop_the_same(device):
     data = make(Case(((200, 300),) * 2, True, head_dim=32, head_dim_v=32, dropout_p=0.5))
-    found, expected = run_on(device, fused, data), run_on(device, tiled, data)
-    assert all(torch.allclose(found[name], x, rtol=1e-2, atol=1e-3) for name, x in expected.items())
+    expected = run_on(device, tiled, data)
+    for engine in (fused, triton):
+        found = run_on(device, engine, data)
+        assert all(torch.allclose(found[name], x, rtol=1e-2, atol=1e-3) for name, x in expected.items())
 
 
 class Model(torch.nn.Module):

@@ -17,8 +17,7 @@ from gpu.test_engines import FEATURES, run_on
 from support import Case, check_against_float64, make
 
 from compiled_fa import turing
-from compiled_fa.engines import fused
-from compiled_fa.engines.fused import attention
+from compiled_fa.engines import fused, nvidia, triton
 
 
 def use_ptx_as_binary() -> None:
@@ -36,7 +35,7 @@ def use_ptx_as_binary() -> None:
 
     knobs.runtime.add_stages_inspection_hook = hook
     knobs.runtime.override_arch = "sm75"
-    unittest.mock.patch.object(attention, "capability_of", return_value=(7, 5)).start()
+    unittest.mock.patch.object(nvidia, "capability_of", return_value=(7, 5)).start()
 
 
 def main() -> None:
@@ -47,7 +46,8 @@ def main() -> None:
                 dense = len(set(lengths)) == 1
                 shape = {"heads_per_key": 2, "head_dim": head_dim, "head_dim_v": head_dim}
                 data = make(Case(lengths, dense, dtype=torch.float16, **{**shape, **options}))
-                check_against_float64(data, run_on(torch.device("cuda"), fused, data))
+                for engine in (fused, triton):
+                    check_against_float64(data, run_on(torch.device("cuda"), engine, data))
                 print(f"{name}, head_dim {head_dim}, {'dense' if dense else 'varlen'}: within budget", flush=True)
 
 

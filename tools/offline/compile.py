@@ -102,12 +102,13 @@ def compile_jit(
 
 
 def compile_source(source: KernelSource, *, turing: bool, target: GPUTarget = TARGET) -> Compiled:
-    """Compiles a kernel that Inductor wrote, with the warps and stages that it wrote with it. target: a T4, or a newer
-    GPU."""
+    """Compiles a kernel that Inductor wrote, or took into its code from us, with the warps and stages that it wrote
+    with it. target: a T4, or a newer GPU."""
     function, keywords = _load(source)
     meta = keywords["triton_meta"]
     ast = ASTSource(fn=function, signature=meta["signature"], constexprs=meta["constants"], attrs=meta["configs"][0])
-    options = {name: keywords[name] for name in ("num_warps", "num_stages")}
+    written = keywords if "num_warps" in keywords else keywords["configs"][0]
+    options = {name: written[name] for name in ("num_warps", "num_stages")}
     return compile_ast(ast, turing, options, target)
 
 
@@ -150,7 +151,7 @@ def _tool(*command: str) -> str:
 
 
 def _load(source: KernelSource) -> tuple[Any, dict[str, Any]]:
-    """The @triton.jit function of a module that Inductor wrote, and the keywords of its `template` decorator."""
+    """The @triton.jit function of a module that Inductor wrote, and the keywords of its decorator."""
     from torch._inductor.runtime import triton_heuristics
 
     caught: list[tuple[Any, dict[str, Any]]] = []
@@ -158,7 +159,10 @@ def _load(source: KernelSource) -> tuple[Any, dict[str, Any]]:
     def template(**keywords: Any) -> Callable[[Any], Any]:
         return lambda function: caught.append((function, keywords))
 
-    with mock.patch.object(triton_heuristics, "template", template), tempfile.TemporaryDirectory() as folder:
+    patches = (mock.patch.object(triton_heuristics, name, template) for name in ("template", "user_autotune"))
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        for patch in patches:
+            stack.enter_context(patch)
         path = os.path.join(folder, f"{source.name}.py")
         with open(path, "w") as file:
             file.write(source.text)

@@ -101,7 +101,9 @@ def compile_spec(spec: Spec, *, turing: bool, capability: tuple[int, int] = (7, 
     return compile_source(capture(spec), turing=turing, target=GPUTarget("cuda", 10 * major + minor, 32))
 
 
-def written_for_layers(layers: int, lengths: int, packed: bool, dynamic: bool = False, **options: Any) -> Written:
+def written_for_layers(
+    layers: int, lengths: int, packed: bool, dynamic: bool = False, dropout: bool = False, **options: Any
+) -> Written:
     """What Inductor writes for a training step of attention layers after each other, as under torch.compile: their ops,
     traced and decomposed. Autograd needs a CUDA build, so its calls are written out here.
 
@@ -126,7 +128,11 @@ def written_for_layers(layers: int, lengths: int, packed: bool, dynamic: bool = 
         (ours.varlen_attention, ours.varlen_attention_backward) if packed else (ours.attention, ours.attention_backward)
     )
 
-    def step(x: torch.Tensor, gradient: torch.Tensor, *sums: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def step(
+        x: torch.Tensor, gradient: torch.Tensor, seed: torch.Tensor, *sums: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        if dropout:
+            options.update(dropout_p=0.1, dropout_seed=seed)
         packing = (sums[0], sums[0], lengths, lengths) if packed else ()
         saved = []
         for _ in range(layers):
@@ -145,7 +151,8 @@ def written_for_layers(layers: int, lengths: int, packed: bool, dynamic: bool = 
         shape = (rows, heads, head_dim) if packed else (2, rows, heads, head_dim)
         x, gradient = (torch.empty(shape, dtype=torch.float16, device="cuda") for _ in range(2))
         sums = [torch.empty(3, dtype=torch.int32, device="cuda")] if packed else []
-        graph = make_fx(step, decomposition_table=select_decomp_table())(x, gradient, *sums)
+        seed = torch.empty(1, dtype=torch.int64, device="cuda")
+        graph = make_fx(step, decomposition_table=select_decomp_table())(x, gradient, seed, *sums)
     with (
         Written() as found,
         torch._inductor.config.patch(CONFIG),
@@ -154,5 +161,5 @@ def written_for_layers(layers: int, lengths: int, packed: bool, dynamic: bool = 
         from torch._functorch.compile_utils import fx_graph_cse
 
         graph = torch.fx.GraphModule(graph, fx_graph_cse(graph.graph))  # as AOTAutograd does
-        compile_fx_inner(graph, [x, gradient, *sums])
+        compile_fx_inner(graph, [x, gradient, seed, *sums])
     return found

@@ -7,7 +7,8 @@ import torch
 
 from compiled_fa.engines.fused.kernels import Spec
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import TURING, options_for
+from compiled_fa.engines.fused.options import options_for
+from compiled_fa.engines.nvidia import TURING
 from compiled_fa.problem import Direction
 from compiled_fa.tuning import FlexOptions
 

@@ -17,9 +17,8 @@ import torch._subclasses.fake_tensor as fake_tensor
 import triton
 from torch._dynamo import device_interface
 from torch._inductor.runtime import triton_helpers
-from triton.backends.compiler import GPUTarget
 
-from tools.offline.compile import TARGET
+from tools.offline.driver import Driver
 
 T = TypeVar("T")
 
@@ -49,38 +48,6 @@ class _Device:
         return self
 
     def __exit__(self, *error: object) -> None: ...
-
-
-class _Driver:
-    """What Triton asks its active driver while it compiles."""
-
-    class utils:  # noqa: N801 - the name that Triton uses
-        @staticmethod
-        def get_device_properties(device: object) -> dict[str, int]:
-            return {"max_shared_mem": 64 << 10, "max_num_regs": 65536, "multiprocessor_count": 40, "warpSize": 32}
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def get_current_stream(self, device: object = None) -> int:
-        return 0
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        """Of Triton's autotuner: every configuration is called once, and all are equally fast."""
-
-        def benchmark(
-            call: Callable[[], object], *, quantiles: Sequence[float] = (0.5,), **options: object
-        ) -> list[float]:
-            call()
-            return [1.0] * len(quantiles)
-
-        return benchmark
 
 
 def _always(answer: T) -> Callable[..., T]:
@@ -145,7 +112,7 @@ def install() -> None:
         passes.lazy_init = _always(None)
     flex: Any = sys.modules["torch._higher_order_ops.flex_attention"]
     flex._permute_strides = _permute_strides
-    triton.runtime.driver.set_active(_Driver())
+    triton.runtime.driver.set_active(Driver())
     triton_helpers.set_driver_to_gpu = _always(None)
 
 

@@ -2,10 +2,11 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compiled_fa.engines.fused.kernels import Spec
+from compiled_fa.engines.triton.launching import FORWARD, KEYS, QUERIES, Launch
 from tools.offline.compile import Compiled
 from tools.offline.engine import compile_spec
 from tools.offline.machine_code import UNITS, inner_loops
@@ -94,6 +95,29 @@ def measure(spec: Spec, *, turing: bool) -> Figures:
 
 
 def figures_of(spec: Spec, compiled: Compiled) -> Figures:
+    return figures(compiled, kinds_of_loops(spec))
+
+
+def kinds_of_loops(spec: Spec) -> list[tuple[str, int, int]]:
+    """Of a kernel of the template, in the order of its code: name, scores of a tile, multiply-adds of a score."""
+    d, d_v, size = spec.head_dim, spec.head_dim_v, dict(spec.options)
+    if spec.direction == "forward":
+        return [("out", size["BLOCK_M"] * size["BLOCK_N"], d + d_v)] * 2
+    of_keys = "dk dv", size["BLOCK_M1"] * size["BLOCK_N1"], 2 * d + 2 * d_v
+    return [of_keys] * 2 + [("dq", size["BLOCK_M2"] * size["BLOCK_N2"], 2 * d + d_v)] * 2
+
+
+def figures_of_launch(launch: Launch, compiled: Compiled) -> Figures:
+    """Of a kernel of the triton engine."""
+    size = launch.constants
+    d, d_v = size["HEAD_DIM"], size["HEAD_DIM_V"]
+    kinds = {FORWARD: ("out", d + d_v), QUERIES: ("dq", 2 * d + d_v), KEYS: ("dk dv", 2 * d + 2 * d_v)}
+    kind, depth = kinds[launch.kernel]
+    return figures(compiled, [(kind, size["BLOCK_M"] * size["BLOCK_N"], depth)] * 2)
+
+
+def figures(compiled: Compiled, kinds: Sequence[tuple[str, int, int]]) -> Figures:
+    """kinds: of its loops over tiles, as of `kinds_of_loops`."""
     return Figures(
         hmma=compiled.hmma,
         ffma=compiled.ffma,
@@ -101,7 +125,7 @@ def figures_of(spec: Spec, compiled: Compiled) -> Figures:
         registers=compiled.registers,
         shared=compiled.shared,
         blocks_per_sm=blocks_per_sm(compiled.registers, compiled.shared, compiled.num_warps),
-        loops=tuple(loops_over_tiles(spec, compiled)),
+        loops=tuple(loops_over_tiles(compiled, kinds)),
     )
 
 
@@ -114,15 +138,9 @@ def blocks_per_sm(registers: int, shared: int, num_warps: int) -> int:
     return min(limits)
 
 
-def loops_over_tiles(spec: Spec, compiled: Compiled) -> list[Loop]:
-    """In the order of the code, which is the template's: for masked tiles, then for full ones; dk and dv before dq."""
+def loops_over_tiles(compiled: Compiled, kinds: Sequence[tuple[str, int, int]]) -> list[Loop]:
+    """In the order of the code: for masked tiles, then for full ones; in the template, dk and dv before dq."""
     found = [loop for loop in inner_loops(compiled.sass) if loop.dot_instructions >= FEWEST_DOT_INSTRUCTIONS]
-    d, d_v, size = spec.head_dim, spec.head_dim_v, dict(spec.options)
-    if spec.direction == "forward":
-        kinds = [("out", size["BLOCK_M"] * size["BLOCK_N"], d + d_v)] * 2
-    else:
-        kinds = [("dk dv", size["BLOCK_M1"] * size["BLOCK_N1"], 2 * d + 2 * d_v)] * 2
-        kinds += [("dq", size["BLOCK_M2"] * size["BLOCK_N2"], 2 * d + d_v)] * 2
     if len(found) != len(kinds):
         return []
     return [

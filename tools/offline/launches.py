@@ -3,22 +3,26 @@
 The program believes in a Tesla T4 (fake_t4.py); tensors on "cuda" are on the CPU, and say that they are not. Triton
 asks its `jit_cache_hook` before it compiles a kernel: that notes what was asked for, and says that there is nothing to
 do. So outputs are never written, and of an autotuned kernel every configuration is seen. Changes the process that it is
-used in.
+used in. in_place_of_launches() is for functions that are called in this one.
 """
 
+import contextlib
 import dataclasses
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import triton
 from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.compiler import ASTSource
 
 from tools.offline import fake_t4
+from tools.offline.driver import Driver
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "launch_cooperative_grid")
 
@@ -31,6 +35,14 @@ class Launch:
     source: ASTSource
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
+
+    @classmethod
+    def asked_for(cls, function: Any, compile: Mapping[str, Any]) -> "Launch":
+        """As Triton tells its jit_cache_hook, which is asked before a kernel is compiled."""
+        constants = {function.arg_names[path[0]]: v for path, v in compile["constants"].items() if len(path) == 1}
+        source = function.ASTSource(function, compile["signature"], compile["constants"], compile["configs"][0])
+        options = {name: compile[name] for name in OPTIONS if name in compile}
+        return cls(function.__name__, source, constants, options)
 
 
 class CudaOnCpu(TorchFunctionMode):
@@ -65,11 +77,7 @@ def launches_of(script: Path, arguments: Sequence[str]) -> tuple[list[Launch], B
     found: dict[str, Launch] = {}
 
     def note(*, key: str, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
-        function = fn.jit_function
-        constants = {function.arg_names[path[0]]: v for path, v in compile["constants"].items() if len(path) == 1}
-        source = function.ASTSource(function, compile["signature"], compile["constants"], compile["configs"][0])
-        options = {name: compile[name] for name in OPTIONS if name in compile}
-        found.setdefault(f"{fn.module}.{fn.name} {key}", Launch(function.__name__, source, constants, options))
+        found.setdefault(f"{fn.module}.{fn.name} {key}", Launch.asked_for(fn.jit_function, compile))
         return True
 
     fake_t4.install()
@@ -89,3 +97,36 @@ def launches_of(script: Path, arguments: Sequence[str]) -> tuple[list[Launch], B
     finally:
         runtime.jit_cache_hook, sys.argv, sys.path[:] = hook, argv, path
     return list(found.values()), error
+
+
+Grid = tuple[int, ...]
+Instead = Callable[[Launch, Grid, Mapping[str, Any]], None]  # arguments: those that are not constant, by name
+
+
+@contextlib.contextmanager
+def in_place_of_launches(do: Instead) -> Iterator[None]:
+    """Launches of @triton.jit functions on tensors of the CPU call do() instead, as on a Tesla T4, in this process."""
+    original = triton.JITFunction.run
+    runtime: Any = knobs.runtime
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        asked: list[Launch] = []
+
+        def note(*, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
+            asked.append(Launch.asked_for(fn.jit_function, compile))
+            return True
+
+        with mock.patch.object(runtime, "jit_cache_hook", note):
+            original(self, *args, grid=grid, warmup=True, **kwargs)
+        bound = self.signature.bind(*args, **{name: value for name, value in kwargs.items() if name in self.arg_names})
+        bound.apply_defaults()
+        (launch,) = asked
+        constant = {name for name, kind in launch.source.signature.items() if kind == "constexpr"}
+        arguments = {name: value for name, value in bound.arguments.items() if name not in constant}
+        do(launch, tuple(grid(dict(bound.arguments)) if callable(grid) else grid), arguments)
+
+    with (
+        mock.patch.object(triton.JITFunction, "run", run),
+        mock.patch.object(triton.runtime.driver, "_active", Driver()),
+    ):
+        yield

@@ -33,11 +33,13 @@ import torch
 from torch import Tensor
 
 from compiled_fa.engines.fused import attention, kernels
-from compiled_fa.engines.fused.options import TURING, options_for
+from compiled_fa.engines.fused.options import options_for
+from compiled_fa.engines.nvidia import TURING
 from compiled_fa.problem import Problem
 
 from .counters import Counters
-from .run import Argument, Pointer, launch
+from .run import launch
+from .tensors import as_argument
 
 # Of the small kernels around the template's, for which a GPU's tiles are chosen by trial.
 TILES = {"XBLOCK": 64, "YBLOCK": 8, "R0_BLOCK": 64}
@@ -66,7 +68,7 @@ class Kernel:
         named = dict(zip(self.arguments, values[:count], strict=True))
         # A template is followed by its grid; of the others, Inductor derives it from sizes and tiles.
         grid = values[count:] if self.is_attention else [_tiles(named, axis) for axis in "xyz"]
-        passed = {name: _argument(value) for name, value in named.items() if name not in self.constant}
+        passed = {name: as_argument(value) for name, value in named.items() if name not in self.constant}
         blocks = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(grid)))]
         if self.last_block_first:
             blocks.reverse()
@@ -215,15 +217,6 @@ def _load(name: str, source: str) -> tuple[Any, dict[str, Any]]:
 def _tiles(sizes: dict[str, Any], axis: str) -> int:
     """Blocks along an axis of a kernel that is not a template's."""
     return -(-int(sizes.get(f"{axis}numel", 1)) // TILES.get(f"{axis.upper()}BLOCK", 1))
-
-
-def _argument(value: Any) -> Argument:
-    """A tensor as a place in its storage; numbers as they are."""
-    if not isinstance(value, Tensor):
-        return int(value)
-    dtype = torch.int16 if value.dtype == torch.bfloat16 else value.dtype  # NumPy has no bfloat16
-    storage = torch.empty(0, dtype=dtype).set_(value.untyped_storage())
-    return Pointer(storage.numpy(), int(value.storage_offset()))
 
 
 def _unwritten(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:

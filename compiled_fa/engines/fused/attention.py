@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from typing import Any
 
@@ -13,16 +11,16 @@ from torch import Tensor
 from ... import turing
 from ...inductor import lowering
 from ...inductor.graphs import is_known, is_traced
-from ...messages import say_once
 from ...problem import Direction, Problem
 from ...scores import Dropout
 from ...scores.dropout import threshold as dropout_threshold
+from .. import nvidia
 from . import kernels, tables
-from .blocks import BLOCK
+from .blocks import BLOCK, stored
 from .flex import SMALLEST_HEAD_DIM, Graph
 from .kernels import Spec, canonical
 from .mods import Features, Layout
-from .options import TURING, capability_of, largest_head_dim, options_for, shared_memory
+from .options import largest_head_dim, options_for
 
 LARGEST_TENSOR = 2**31  # kernels index with 32 bits
 WIDE = ("q", "k", "v", "dout", "out")  # of a kernel's tensors, in its order, those with rows of heads
@@ -32,22 +30,18 @@ def unsupported_reason(
     device: torch.device, problem: Problem | None = None, direction: Direction = "forward"
 ) -> str | None:
     """Why this engine cannot serve a device, or a call on it; None: it can."""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, and this is {device.type}"
-    if (
-        torch.version.hip is not None
-    ):  # where PyTorch calls devices cuda, and gives them capabilities of another meaning
-        return "its tiles are for NVIDIA's GPUs, and this is AMD's"
-    capability = capability_of(device)
-    if (missing := _missing(capability)) is not None:
-        return missing
+    if (reason := nvidia.unsupported_reason(device)) is not None:
+        return reason
+    capability = nvidia.capability_of(device)
     if problem is not None:
+        if direction == "backward" and problem.bias_gradient:
+            return "its kernel would add to a bias's gradient in an order that changes from run to run"
         if problem.q.dtype == torch.float64:
             return "it computes in fp32, and these are fp64"
         largest = max(problem.q.shape[-1], problem.v.shape[-1])
         most = largest_head_dim(problem.q.dtype, capability)
         if largest > most:
-            memory = f"{shared_memory(capability)} KB of shared memory"
+            memory = f"{nvidia.shared_memory(capability)} KB of shared memory"
             return f"its tiles for {problem.q.dtype} in {memory} end at head_dim {most}, and this is {largest}"
         for elements in _extents(problem, direction):
             if elements >= LARGEST_TENSOR:
@@ -67,7 +61,8 @@ def _extents(problem: Problem, direction: Direction) -> list[int]:
         gathered = math.prod(packed.block_table.shape) * k.shape[1]
     columns = max(q.shape[-1], v.shape[-1], SMALLEST_HEAD_DIM)
     made = [queries * q.shape[-2] * columns, *(rows * k.shape[-2] * columns for rows in (keys, gathered))]
-    return [*map(_extent, (q, k, v)), *made]
+    given = (q, k, v) if problem.bias is None else (q, k, v, problem.bias)
+    return [*map(_extent, given), *made]
 
 
 def _extent(x: Tensor) -> int:
@@ -75,21 +70,13 @@ def _extent(x: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-@functools.cache
-def _missing(capability: tuple[int, int]) -> str | None:
-    """What this process or a device of this capability has not."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if capability == TURING and (missing := turing.missing()):
-        return missing
-    if capability < TURING:
-        return f"it needs compute capability 7.5, and this device has {'.'.join(map(str, capability))}"
-    return None
-
-
 def defers(problem: Problem, direction: Direction, to: str) -> bool:
-    """Is another engine faster at a call that this one could serve? None is known to be."""
-    return False
+    """Is another engine faster at a call that this one could serve?
+
+    With dropout the template takes two passes over the keys, the triton engine's kernel one. Without it nobody has
+    timed that engine on a card, and flex_attention's kernels were: so they serve.
+    """
+    return to == "triton" and problem.dropout_p > 0.0 and problem.dropout_seed is not None
 
 
 def inlines(problem: Problem, direction: Direction) -> bool:
@@ -111,7 +98,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv. Probabilities come from the lse given, which may be merged over more keys than these."""
+    """-> dq, dk, dv. Probabilities come from the lse given, which may be merged over more keys than these. A bias's
+    gradient is not to be had."""
     if _nothing_to_see(problem):
         return torch.zeros_like(problem.q), torch.zeros_like(problem.k), torch.zeros_like(problem.v)
     given = {"dout": dout, "out": out, "lse": lse.contiguous()}
@@ -127,9 +115,8 @@ def _nothing_to_see(problem: Problem) -> bool:
 def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """gradients: what backward takes besides."""
     q, device = problem.q, problem.q.device
-    capability = capability_of(device)
-    if capability == TURING:
-        _prepare(q.dtype)
+    capability = nvidia.capability_of(device)
+    nvidia.prepare(capability, q.dtype)
     # Of a graph's sizes, these are in its code: heads and their dimensions.
     nheads, nheads_k = int(q.shape[-2]), int(problem.k.shape[-2])
     head_dims = int(q.shape[-1]), int(problem.v.shape[-1])
@@ -140,6 +127,7 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
     if is_traced(q):
         # All of it becomes part of someone's graph, numbers as they are.
         given |= {**tables.traced(problem, layout), **_numbers(problem, features)}
+        given |= {"bias": stored(given["bias"])} if features.bias else {}
         return Graph(direction, features, _divisible(problem, layout), options)(given)
     wide = {name: canonical(x) for name, x in given.items() if name in WIDE}
     stream = tables.stream_of(device)
@@ -158,13 +146,21 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
         "pages" in given,
         "skipped" in given,
         "dlse" in given,
+        None if problem.bias is None else problem.bias.dtype,
     )
     return kernels.run(spec, given)
 
 
 def _features(problem: Problem, layout: Layout) -> Features:
     dropout = problem.dropout_p > 0.0 and problem.dropout_seed is not None
-    return Features(problem.softcap > 0.0, problem.alibi_slopes is not None, dropout, layout)
+    bias = () if problem.bias is None else _varying(problem.bias)
+    return Features(problem.softcap > 0.0, problem.alibi_slopes is not None, dropout, layout, bias)
+
+
+def _varying(bias: Tensor) -> tuple[bool, ...]:
+    """With which of its dimensions it varies."""
+    sides = zip(bias.shape, bias.stride(), strict=True)
+    return tuple(not (is_known(size == 1) or is_known(stride == 0)) for size, stride in sides)
 
 
 def _numbers(problem: Problem, features: Features) -> dict[str, Any]:
@@ -181,6 +177,9 @@ def _of_the_call(problem: Problem, features: Features) -> dict[str, Tensor]:
     given = {}
     if problem.alibi_slopes is not None:
         given["alibi_slopes"] = problem.alibi_slopes.expand(problem.batch, -1).contiguous()
+    if problem.bias is not None:
+        bias = problem.bias[tuple(slice(None) if varies else 0 for varies in features.bias)]
+        given["bias"] = bias if not bias.dim() or is_known(bias.stride(-1) == 1) else bias.contiguous()
     if features.dropout and problem.dropout_seed is not None:
         given["seed"] = Dropout.of(problem.dropout_p, problem.dropout_seed).seed
     if problem.packed is not None and problem.packed.block_table is not None:
@@ -198,15 +197,8 @@ def _divisible(problem: Problem, layout: Layout) -> bool:
 
 def _before_graphs() -> None:
     """A graph that Inductor has in its caches may be loaded without being traced: then nothing here is called."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == TURING and not turing.missing():
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == nvidia.TURING and not turing.missing():
         turing.enable()
 
 
 lowering.prepare(_before_graphs)
-
-
-def _prepare(dtype: torch.dtype) -> None:
-    """Turing's tensor cores, for this engine's kernels and every other Triton kernel of the process."""
-    turing.enable()
-    if dtype == torch.bfloat16:
-        say_once("Turing has no tensor cores for bfloat16: it works, slowly; float16 is fast")

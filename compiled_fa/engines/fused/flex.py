@@ -137,6 +137,8 @@ class Graph:
             given = self._with_hash(given, q)
             lse, delta = stored(lse), stored(delta)
             out, dlse, buffers = torch.zeros_like(out), -delta, {"lse": lse, "delta": delta}
+            if self.features.bias:  # which may hide all of a row's keys where no mask does: their probabilities are 0
+                buffers["lse"] = stored(torch.where(lse == -math.inf, math.inf, lse))
         mods = self._mods(given, self.features.dropout)
         dq, dk, dv, *_ = _operators().flex_attention_backward(
             q,

@@ -32,7 +32,7 @@ class Spec:
 
     strides: of q, k, v (and dout, out), each (row, head) in elements: see `canonical`. divisible: lengths are multiples
     of BLOCK. paged: k and v are (num_blocks, block_size, nheads_k, head_dim); leftpad: sequences do not begin with
-    their pages. lse_gradient: backward is given one.
+    their pages. lse_gradient: backward is given one. bias_dtype: of the bias, whose last stride is 1.
     options: tile sizes, warps and stages by the template's names; empty: Inductor's own choice.
     """
 
@@ -49,6 +49,7 @@ class Spec:
     paged: bool = False
     leftpad: bool = False
     lse_gradient: bool = False
+    bias_dtype: torch.dtype | None = None
 
     @property
     def graph(self) -> Graph:
@@ -119,7 +120,13 @@ class Spec:
         strides = dict(zip(wide, self.strides, strict=False))
         inputs = []
         for name in self.names:
-            if name in small:
+            if name == "bias":
+                of_scores = zip((batch, self.nheads, rows_q, rows_k), self.features.bias, strict=True)
+                shape = tuple(full for full, varies in of_scores if varies)
+                bias_strides = [size(f"bias stride {dim}", 1 << (24 - dim)) for dim in range(len(shape))]
+                bias_strides[-1:] = [1] if shape else []
+                inputs.append(torch.empty_strided(shape, bias_strides, dtype=self.bias_dtype, device=device))
+            elif name in small:
                 shape, dtype = small[name]
                 inputs.append(torch.empty(shape, dtype=dtype, device=device))
             else:

@@ -35,6 +35,7 @@ class Features:
     alibi: bool = False
     dropout: bool = False
     layout: Layout = "dense"
+    bias: tuple[bool, ...] = ()  # whether it varies with the sequence, head, query and key; (): there is none
 
     def score_buffers(self, dropping: bool) -> tuple[str, ...]:
         """What a score reads, in order. dropping: with dropout's decision."""
@@ -44,6 +45,7 @@ class Features:
         names += ["sequence"] if self.alibi and self.layout == "packed" else []
         names += ["low", "high", "threshold"] if dropping else []
         names += ["key_start"] if dropping and self.layout != "dense" else []
+        names += ["bias"] if self.bias else []
         return tuple(names)
 
 
@@ -57,7 +59,8 @@ class Mods:
     dropping: do scores drop? constants: numbers of the score program that no buffer holds: they become code.
 
     softmax_scale, softcap: fp32 (). alibi_slopes: (sequences, nheads). low, high: int32 (batch, nheads, rows), of
-    Dropout.row. threshold: int32 (). lse, in base 2, and delta: (batch, nheads, rows). The others: RowTables.
+    Dropout.row. threshold: int32 (). bias: of the dimensions with which it varies, of those of (batch, nheads, rows,
+    columns). lse, in base 2, and delta: (batch, nheads, rows). The others: RowTables.
     """
 
     features: Features
@@ -88,7 +91,15 @@ class Mods:
         if self.features.alibi:
             position = self._of_row(given["position"], batch, row)
             sequence = given["sequence"][row] if self.features.layout == "packed" else batch
-        return self._program(given).score(product, sequence, head, position, column)
+        bias = self._bias(given, batch, head, row, column)
+        return self._program(given).score(product, sequence, head, position, column, bias)
+
+    def _bias(self, given: dict[str, Any], batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor | None:
+        if not self.features.bias:
+            return None
+        at = zip((batch, head, row, column), self.features.bias, strict=True)
+        bias: Tensor = given["bias"]
+        return bias[tuple(index for index, varies in at if varies)] if any(self.features.bias) else bias
 
     def _keep(self, given: dict[str, Any], batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """Dropout's decision, from what is common to a row: hashed once a row, outside the kernel."""

@@ -9,11 +9,8 @@ import torch
 from ...problem import Direction
 from ...tuning import FlexOptions
 from ...tuning.gpu import FUSED
+from ..nvidia import TURING, shared_memory
 from .mods import Features
-
-TURING = (7, 5)
-KB = {(7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
-LEAST_KB = 99  # of capabilities that KB does not name: 8.6, 8.9, 12.0 and 12.1, and those to come
 
 
 def options_for(
@@ -47,25 +44,8 @@ def largest_head_dim(dtype: torch.dtype, capability: tuple[int, int]) -> int:
     return max(head_dim for direction, head_dim in found if ("backward", head_dim) in found)
 
 
-def shared_memory(capability: tuple[int, int]) -> int:
-    """KB that a block may have."""
-    return KB.get(capability, LEAST_KB)
-
-
 def _feature_class(features: Features) -> str:
     """What of the features costs registers, and cycles of other units than the tensor cores."""
-    if features.alibi or features.softcap or features.dropout:
+    if features.alibi or features.softcap or features.dropout or features.bias:
         return "many"
     return "dense" if features.layout == "dense" else "packed"
-
-
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (0, 0) for what is no CUDA device."""
-    if device.type != "cuda":
-        return 0, 0
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache  # a device keeps its own, and to ask takes a tenth of a call
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...caches import Cache
 from ...problem import Packed
-from ...tuning import current
+from ...tuning import SdpaCpu, current
 
 
 class Group:
@@ -36,11 +37,20 @@ class Group:
             packed.index_copy_(0, self._rows, batch.flatten(0, 1))
 
 
-def groups(packed: Packed) -> Iterator[tuple[Group, Group]]:
+_groups: Cache[object, list[tuple[Group, Group]]] = Cache("packed groups", entries=16)
+
+
+def groups(packed: Packed) -> list[tuple[Group, Group]]:
     """Queries and keys of all sequences: short ones with those of their lengths, others alone."""
-    tuned = current().sdpa_cpu
-    first_q, first_k = packed.host_sums
+    tuned, sums = current().sdpa_cpu, packed.host_sums
     lengths = list(zip(*packed.host_lengths, strict=True))
+    return _groups.get((*map(tuple, sums), tuned), lambda: list(_made(sums, lengths, tuned)))
+
+
+def _made(
+    first_rows: tuple[Sequence[int], Sequence[int]], lengths: Sequence[tuple[int, int]], tuned: SdpaCpu
+) -> Iterator[tuple[Group, Group]]:
+    first_q, first_k = first_rows
     together: dict[object, list[int]] = defaultdict(list)
     for sequence, pair in enumerate(lengths):
         together[pair if max(pair) < tuned.shared_call_below_tokens else sequence].append(sequence)

@@ -42,6 +42,8 @@ def unsupported_reason(
         return FORWARD_ONLY
     if problem.dropout_seed is not None:
         return "it has no dropout"
+    if problem.bias is not None:
+        return "it has no bias"
     if not (problem.q.numel() and problem.v.numel()):
         return "there are no queries, or no keys"
     if (why_no_decode := decode.unsupported_reason(problem)) is None:

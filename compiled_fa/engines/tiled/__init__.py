@@ -7,6 +7,7 @@ kernels.py    these steps as machine code
 chunks.py     which sequences and heads run together, and which of their tiles exist
 keys.py       keys and values of a chunk, held or passing by
 products.py   matrix products and their dtype
+bias.py       where a tile's bias lies, and its gradient
 rows.py       reading and writing rows of dense, packed and paged tensors
 tiles.py      tile sizes
 scratch.py    a call's buffers

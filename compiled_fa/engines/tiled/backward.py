@@ -10,6 +10,7 @@ from torch import Tensor
 from ...problem import Problem
 from ...tuning import current, on
 from . import large
+from .bias import BiasGradient
 from .call import Call
 from .chunks import Chunk, spans
 from .products import Sum
@@ -24,8 +25,9 @@ def backward(
     lse: Tensor,
     dlse: Tensor | None = None,
     tiles: TileSizes | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv. Probabilities come from the lse given, which may be merged over more keys than these.
+) -> tuple[Tensor, ...]:
+    """-> dq, dk, dv, and dbias where it is wanted. Probabilities come from the lse given, which may be merged over more
+    keys than these.
 
     dlse: gradient of lse, or None where it is not used. tiles: sizes to use in place of those of tiles.py.
     """
@@ -33,10 +35,11 @@ def backward(
         return large.backward(problem, dout, out, lse, dlse, tiles)
     call = Call(problem, tiles)
     gradients = call.results(problem.q.shape), call.results(problem.k.shape), call.results(problem.v.shape)
+    dbias = BiasGradient.of(problem, call.dtype)
     with call:
         for chunk in call.chunks("backward"):
-            _backward_chunk(call, chunk, dout, out, lse, dlse, *gradients)
-    return gradients
+            _backward_chunk(call, chunk, dout, out, lse, dlse, *gradients, dbias)
+    return gradients if dbias is None else (*gradients, dbias.finished())
 
 
 def _backward_chunk(
@@ -49,6 +52,7 @@ def _backward_chunk(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    dbias: BiasGradient | None,
 ) -> None:
     problem, scratch = call.problem, call.scratch
     batch_heads, heads, dtype = (
@@ -80,7 +84,11 @@ def _backward_chunk(
             torch.bmm(douts[:, rows], values.mT, out=flat_dprobs)  # line 13: dP = dO Vᵀ
             indices = at(q_start, q_stop, k_start, k_stop)
             chosen = slice(q_start, q_stop)
-            call.kernels.gradient_step(scores, dprobs, lses[:, chosen], deltas[:, chosen], indices, masked)
+            dscores = None if dbias is None else scratch.take("dscores", shape, call.dtype)
+            call.kernels.gradient_step(scores, dprobs, lses[:, chosen], deltas[:, chosen], indices, masked, dscores)
+            if dbias is not None and dscores is not None:
+                by_head = dscores.unflatten(0, (-1, chunk.nheads_k))
+                dbias.add(by_head, chunk, (q_start, q_stop), (k_start, k_stop))
             dv_sum.add(douts[:, rows].mT, flat_scores)  # line 12: dVᵀ += dOᵀ P
             dq_product = scratch.take("product", (batch_heads, rows.stop - rows.start, head_dim), dtype)
             tile_dq[:, rows].add_(torch.bmm(flat_dprobs, keys, out=dq_product))  # line 15: dQ += dS K

@@ -11,9 +11,10 @@ from ...memory import new_empty
 from ...problem import Direction, Problem
 from ...scores import Window
 from ...tuning import current
+from . import bias as biases
 from . import chunks as chunking
 from . import products
-from .chunks import Chunk
+from .chunks import Chunk, Span
 from .kernels import Kernels
 from .rows import DenseRows, PackedRows, PagedRows, Rows
 from .scratch import Scratch
@@ -37,9 +38,9 @@ class Call:
         self.heads_per_key = problem.heads_per_key
         self._tiles = tiles
         self._lay_out()
-        self.kernels = Kernels(
-            self.program, problem.batch, self.keep_probability, self.dtype, problem.q.device, self._some_masked
-        )
+        of_bias = None if problem.bias is None else problem.bias.dtype, problem.bias_gradient
+        of_call = self.program, problem.batch, self.keep_probability, self.dtype, problem.q.device
+        self.kernels = Kernels(*of_call, self._some_masked, *of_bias)
 
     def _lay_out(self) -> None:
         """Where the sequences lie. Packed lengths are read on the host: it decides which tiles run."""
@@ -100,6 +101,8 @@ class Call:
         and not in pages, of which most may be of others.
         """
         slopes, q, k, packed = self.program.alibi_slopes, self.problem.q, self.problem.k, self.problem.packed
+        if self.problem.bias is not None:  # it may give weight to any key
+            return lambda sequences, heads: self._window
         longest = max((seqlen_k for _, seqlen_k in self._lengths), default=0)
         paged = packed is not None and packed.block_table is not None
         if slopes is None or paged or q.device.type != "cpu" or not q.numel() or longest <= 2 * current().tiled.tile:
@@ -172,8 +175,22 @@ class Call:
 
         def at(q_start: int, q_stop: int, k_start: int, k_stop: int) -> Indices:
             places = batch, head, queries[q_start:q_stop], self._positions[k_start:k_stop]
+            bias = self._bias(chunk, (q_start, q_stop), (k_start, k_stop))
             if rows is None:
-                return Indices(*places)
-            return Indices(*places, rows[0][:, q_start:q_stop], rows[1][:, q_start:q_stop])
+                return Indices(*places, bias=bias)
+            return Indices(*places, rows[0][:, q_start:q_stop], rows[1][:, q_start:q_stop], bias)
 
         return at
+
+    def _bias(self, chunk: Chunk, queries: Span, keys: Span) -> Tensor | None:
+        """As Indices has it: where it lies, or, if a tile's does not lie so, in scratch."""
+        if self.problem.bias is None:
+            return None
+        tile = biases.tile(self.problem.bias, chunk, queries, keys)
+        sizes = queries[1] - queries[0], chunk.heads_per_key, keys[1] - keys[0]
+        tile = tile.expand(len(chunk.sequences), chunk.nheads_k, *sizes)
+        of_sequence, of_head = tile.stride()[:2]
+        together = len(chunk.sequences) == 1 or chunk.nheads_k == 1 or of_sequence == chunk.nheads_k * of_head
+        if not together or tile.stride(-1) != 1:
+            tile = self.scratch.take("bias", tuple(tile.shape), tile.dtype).copy_(tile)
+        return tile.flatten(0, 1)

@@ -25,7 +25,7 @@ Kernel = Callable[[Features], Compiled | None]
 class Kernels:
     """softmax_step and gradient_step of steps.py for one call's score program.
 
-    some_masked: some tiles of the call may have something to hide.
+    some_masked: some tiles of the call may have something to hide. bias: its dtype, and whether its gradient is wanted.
     """
 
     def __init__(
@@ -36,12 +36,15 @@ class Kernels:
         dtype: torch.dtype,
         device: torch.device,
         some_masked: bool,
+        bias: torch.dtype | None = None,
+        bias_gradient: bool = False,
     ) -> None:
         self._program = program
         self._batch = batch
         self._keep_probability = keep_probability
         self._dtype = dtype
         self._some_masked = some_masked
+        self._bias, self._bias_gradient = bias, bias_gradient
         self._may_compile = device.type == "cpu"
         self._flat_arguments: list[Tensor] | None = None
         self._found: dict[tuple[Kernel, bool, torch.dtype], Compiled | None] = {}
@@ -56,13 +59,22 @@ class Kernels:
             steps.softmax_step(scores, row_max, row_sum, accumulator, indices, self._program, masked)
 
     def gradient_step(
-        self, scores: Tensor, dprobs: Tensor, lse: Tensor, delta: Tensor, indices: Indices, masked: bool
+        self,
+        scores: Tensor,
+        dprobs: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        indices: Indices,
+        masked: bool,
+        dscores: Tensor | None = None,
     ) -> None:
         run = self._compiled(_gradient_kernel, masked, scores.dtype)
         if run is not None:
-            run([scores, dprobs, lse, delta, *indices.flatten(), *self._arguments()])
+            wanted = [] if dscores is None else [dscores]
+            run([scores, dprobs, lse, delta, *wanted, *indices.flatten(), *self._arguments()])
         else:
-            steps.gradient_step(scores, dprobs, lse, delta, indices, self._program, masked, self._keep_probability)
+            arguments = indices, self._program, masked, self._keep_probability, dscores
+            steps.gradient_step(scores, dprobs, lse, delta, *arguments)
 
     def _compiled(self, kernel: Kernel, masked: bool, product_dtype: torch.dtype) -> Compiled | None:
         """Machine code for this call's features, looked up once a call; None: run the step eagerly."""
@@ -70,13 +82,15 @@ class Kernels:
             return None
         key = kernel, masked, product_dtype
         if key not in self._found:
-            self._found[key] = kernel(self._features(masked, product_dtype))
+            features = self._features(masked, product_dtype)
+            wanted = self._bias_gradient and kernel is _gradient_kernel
+            self._found[key] = kernel(replace(features, bias_gradient=wanted))
         return self._found[key]
 
     def _features(self, masked: bool, product_dtype: torch.dtype) -> Features:
-        features = Features.of(self._program, masked, self._dtype, product_dtype)
-        # Beside softcap, ALiBi or dropout a mask costs little: code for tiles without one is only compiled for calls
-        # that have no other tiles.
+        features = replace(Features.of(self._program, masked, self._dtype, product_dtype), bias=self._bias)
+        # Beside softcap, ALiBi, dropout or a bias a mask costs little: code for tiles without one is only compiled for
+        # calls that have no other tiles.
         return features if features.plain else replace(features, masked=self._some_masked)
 
     def _arguments(self) -> list[Tensor]:
@@ -93,14 +107,22 @@ def _examples(size: Size, features: Features) -> list[Tensor]:
         return example(size, *shape, dtype=dtype, of_larger=of_larger)
 
     low, high = (of("p", "m", "g", "1", of_larger=True) if features.dropout else None for _ in range(2))
-    indices = Indices(of("p", "1", "1", "1"), of("p", "1", "g", "1"), of("m", "1", "1"), of("n"), low, high)
+    bias = None if features.bias is None else _example_bias(size, features.bias)
+    indices = Indices(of("p", "1", "1", "1"), of("p", "1", "g", "1"), of("m", "1", "1"), of("n"), low, high, bias)
     return [*indices.flatten(), *ScoreArguments.examples(features, of).flatten()]
+
+
+def _example_bias(size: Size, dtype: torch.dtype) -> Tensor:
+    """A view of a larger tensor, expanded ones, too: its strides are numbers of the call."""
+    shape = example(size, *TILE, dtype=dtype).shape
+    strides = (size(f"bias {name}", 1 << typical) for name, typical in zip(TILE, (21, 10, 20), strict=False))
+    return torch.empty_strided(shape, (*strides, 1), dtype=dtype)
 
 
 def _rebuilt(features: Features, tensors: tuple[Tensor, ...]) -> tuple[Indices, ScoreArguments]:
     rest = iter(tensors)
     return (
-        Indices.unflatten(Indices.names(features.dropout), rest),
+        Indices.unflatten(Indices.names(features.dropout, features.bias is not None), rest),
         ScoreArguments.unflatten(ScoreArguments.names(features), rest),
     )
 
@@ -125,14 +147,16 @@ def _softmax_kernel(features: Features) -> Compiled | None:
 
 def _gradient_kernel(features: Features) -> Compiled | None:
     def step(scores: Tensor, dprobs: Tensor, lse: Tensor, delta: Tensor, *tensors: Tensor) -> None:
+        dscores, tensors = (tensors[0], tensors[1:]) if features.bias_gradient else (None, tensors)
         indices, arguments = _rebuilt(features, tensors)
         keep = 1.0 if arguments.keep_probability is None else arguments.keep_probability
-        steps.gradient_step(scores, dprobs, lse, delta, indices, arguments.program(), features.masked, keep)
+        steps.gradient_step(scores, dprobs, lse, delta, indices, arguments.program(), features.masked, keep, dscores)
 
     def examples(size: Size) -> list[Tensor]:
         tiles = [example(size, *TILE, dtype=features.product_dtype) for _ in range(2)]
         rows = [example(size, *ROWS, dtype=features.dtype, of_larger=True) for _ in range(2)]
-        return [*tiles, *rows, *_examples(size, features)]
+        wanted = [example(size, *TILE, dtype=features.dtype)] if features.bias_gradient else []
+        return [*tiles, *rows, *wanted, *_examples(size, features)]
 
     # All in one loop: nothing needs to be kept.
     kept = {"realize_opcount_threshold": current().tiled.backward_kept_operations}

@@ -26,6 +26,7 @@ class Indices(Flattened):
 
     dropout_low, dropout_high: (p, m, g, 1), what dropout's decisions in a row have in common (scores/dropout.py):
     hashed once a row, not once an element. None without dropout.
+    bias: of the tile's scores, (p, m, g, n), of any strides but the last, which is 1; None without one.
     """
 
     batch: Tensor
@@ -34,11 +35,13 @@ class Indices(Flattened):
     kv_idx: Tensor
     dropout_low: Tensor | None = None
     dropout_high: Tensor | None = None
+    bias: Tensor | None = None
 
     @classmethod
-    def names(cls, dropout: bool) -> tuple[str, ...]:
+    def names(cls, dropout: bool, bias: bool) -> tuple[str, ...]:
         """Of the fields that are present."""
-        return tuple(name for name in cls.__dataclass_fields__ if dropout or not name.startswith("dropout"))
+        optional = {"dropout_low": dropout, "dropout_high": dropout, "bias": bias}
+        return tuple(name for name in cls.__dataclass_fields__ if optional.get(name, True))
 
     @property
     def of_score(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,7 +69,7 @@ def softmax_step(
     scores: products q·k -> probabilities not yet normalised, dropped ones 0. row_max, row_sum: brought up to date.
     accumulator: rescaled to the new maximum, ready for this tile's P·V; of head_dim 0 where there is none yet.
     """
-    score = program.score(scores.to(row_max.dtype), *indices.of_score)
+    score = program.score(scores.to(row_max.dtype), *indices.of_score, indices.bias)
     if masked:
         score = torch.where(program.mask(*indices.of_score), score, -inf)
     new_max = torch.maximum(row_max, score.amax(-1))
@@ -104,14 +107,16 @@ def gradient_step(
     program: ScoreProgram,
     masked: bool,
     keep_probability: Tensor | float,
+    dscores: Tensor | None = None,
 ) -> None:
     """Probabilities and their gradient (FlashAttention-2, Algorithm 2, lines 11 to 14).
 
     scores: products q·k -> P with dropout, for dV. dprobs: dO·V -> gradient of the products, for dQ and dK.
     lse: +inf for rows without a key, so that their probabilities are 0. delta: rowsum(dO * O) - dlse.
+    dscores: (p, m, g, n), to be filled with the gradient of the scores, a bias's; None: nobody wants it.
     """
     products, dprobabilities = scores.to(lse.dtype), dprobs.to(lse.dtype)
-    score = program.score(products, *indices.of_score)
+    score = program.score(products, *indices.of_score, indices.bias)
     if masked:
         score = torch.where(program.mask(*indices.of_score), score, -inf)
     probs = torch.exp(score - lse[..., None])
@@ -121,5 +126,7 @@ def gradient_step(
         dropped = torch.where(keep, probs, 0.0) / keep_probability
         dprobabilities = torch.where(keep, dprobabilities, 0.0) / keep_probability
     dscore = probs * (dprobabilities - delta[..., None])
+    if dscores is not None:
+        dscores.copy_(dscore)
     dprobs.copy_(program.product_gradient(dscore, products))
     scores.copy_(dropped)

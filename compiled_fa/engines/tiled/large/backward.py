@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ....problem import Problem
+from ..bias import BiasGradient
 from ..chunks import Chunk, Span, spans
 from ..rows import as_rows
 from ..tiles import TileSizes
@@ -25,8 +26,9 @@ def backward(
     lse: Tensor,
     dlse: Tensor | None = None,
     tiles: TileSizes | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv. Probabilities come from the lse given, which may be merged over more keys than these.
+) -> tuple[Tensor, ...]:
+    """-> dq, dk, dv, and dbias where it is wanted. Probabilities come from the lse given, which may be merged over more
+    keys than these.
 
     dlse: gradient of lse, or None where it is not used. tiles: sizes to use in place of those that fit the budget.
     """
@@ -41,21 +43,32 @@ def _backward(
     dlse: Tensor | None,
     nbytes: int,
     tiles: TileSizes | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     call = Call(problem, "backward", nbytes, tiles)
     dq, dk, dv = (call.results(x, x.shape) for x in (problem.q, problem.k, problem.v))
+    dbias = BiasGradient.of(problem, call.dtype)
     with call.scratch:
         for chunk in call.chunks:
-            _Chunk(call, chunk, dout, out, lse, dlse).run(dq, dk, dv)
-    return call.finished(dq), call.finished(dk), call.finished(dv)
+            _Chunk(call, chunk, dout, out, lse, dlse, dbias).run(dq, dk, dv)
+    gradients = call.finished(dq), call.finished(dk), call.finished(dv)
+    return gradients if dbias is None else (*gradients, dbias.finished())
 
 
 class _Chunk:
     """A chunk's query side stays at hand, and dQ grows beside it: the outer loop is over keys."""
 
-    def __init__(self, call: Call, chunk: Chunk, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        chunk: Chunk,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        dbias: BiasGradient | None,
+    ) -> None:
         problem, dtype = call.problem, call.product_dtype
-        self._call, self._chunk = call, chunk
+        self._call, self._chunk, self._dbias = call, chunk, dbias
         self._rows, self._columns = operands.sides(call, chunk)
         self._q, self._dout = self._rows.operand(problem.q, dtype), self._rows.operand(dout, dtype)
         self._k, self._v = self._columns.operand(problem.k, dtype), self._columns.operand(problem.v, dtype)
@@ -127,10 +140,15 @@ class _Chunk:
             kept.masked_fill_(dropped, 0.0)
         if narrow:
             dscores = scratch.take("dscores", tuple(probs.shape), call.product_dtype)
-        if call.problem.softcap > 0.0:
-            dscores.copy_(call.program.product_gradient(dprobs.mul_(probs), product))
+        if call.problem.softcap > 0.0 or self._dbias is not None:
+            gradient = dprobs.mul_(probs)  # line 14: dS = P * (dP - D)
+            if self._dbias is not None:
+                self._dbias.add(gradient, chunk, queries, keys)
+            gradient = call.program.product_gradient(gradient, product)
+            if gradient is not dscores:
+                dscores.copy_(gradient)
         else:
-            torch.mul(dprobs, probs, out=dscores)  # line 14: dS = P * (dP - D)
+            torch.mul(dprobs, probs, out=dscores)  # line 14
         return kept.view(shape), dscores.view(shape)
 
 

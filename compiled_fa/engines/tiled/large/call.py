@@ -14,7 +14,9 @@ from ....memory import new_empty
 from ....problem import Direction, Problem
 from ....scores import ScoreProgram
 from ....scores.dropout import Row
+from ....scores.terms import add_bias
 from ....tuning import on
+from .. import bias as biases
 from .. import chunks as chunking
 from ..chunks import Chunk, Lengths, Span
 from ..rows import as_rows
@@ -145,10 +147,13 @@ class Call:
         return batch, head, self.positions[slice(*queries), None, None]
 
     def score(self, product: Tensor, chunk: Chunk, queries: Span, keys: Span) -> Tensor:
-        """Scores of a tile, the mask aside: the product itself where there is nothing to it but the scale."""
-        if self.problem.softcap <= 0.0 and self.problem.alibi_slopes is None:
-            return product
-        return self.program.score(product, *self._indices(chunk, queries), self.positions[slice(*keys)])
+        """Scores of a tile, the mask aside: the product itself where nothing but the scale and a bias comes to it."""
+        scores = product
+        if self.problem.softcap > 0.0 or self.problem.alibi_slopes is not None:
+            scores = self.program.score(product, *self._indices(chunk, queries), self.positions[slice(*keys)])
+        if self.problem.bias is not None:
+            add_bias(scores, biases.tile(self.problem.bias, chunk, queries, keys))
+        return scores
 
     def dropout_rows(self, chunk: Chunk) -> Row | None:
         """What dropout's decisions in a row have in common, of a chunk's queries; None: nothing is dropped."""

@@ -70,7 +70,7 @@ class _Softmax:
     ) -> None:
         self._call, self._chunk, self._rims, self._dropout, self._queries = call, chunk, rims, dropout, queries
         self._top, self._total = top, total
-        self._some_row_empty = rims.some_row_empty(queries[0])
+        self._some_row_empty = rims.some_row_empty(queries[0]) or call.problem.bias is not None
         # The greatest score so far; P·V, (pairs, rows, head_dim_v + 1), with the sum of P in the last column, so that
         # they are rescaled together.
         self._so_far: Tensor | None = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ....problem import Direction, Problem
 from ....scores import Window
 from ....tuning import Tiled
@@ -78,13 +80,19 @@ def _a_score(direction: Direction, problem: Problem, wide: int, operand: int, ma
     if biased and problem.packed is not None:
         making_it += 4  # distances, int32, which are each sequence's own
     hash_and_mask = HASH * dropping
+    masks = bias = 0
+    if problem.bias is not None:
+        masks = problem.bias.dtype == torch.bool  # its opposite
+        bias = wide * problem.bias_gradient  # summed over what was broadcast
     # Packed sequences whose offsets differ have a mask each.
-    masks = 3 if problem.packed is not None and problem.window_in_force != Window() else 0
+    masks += 3 if problem.packed is not None and problem.window_in_force != Window() else 0
     if direction == "forward":
         return wide + masks + max(made, making_it, score + narrow + hash_and_mask)
     probabilities = narrow or wide * dropping
     of_softcap = 4 * wide * capped + dropping
-    return 2 * wide + masks + max(made, making_it, score + probabilities + narrow + max(hash_and_mask, of_softcap))
+    return (
+        2 * wide + masks + max(made, making_it, score + probabilities + narrow + max(hash_and_mask, of_softcap, bias))
+    )
 
 
 def padded(head_dim_v: int) -> int:
