@@ -112,10 +112,11 @@ _AMPERE: dict[tuple[int, int, str, int], FlexOptions] = {
     (227, 4, "backward", 256): _backward(32, 32, 32, 32, 8, 1),
 }
 
-# The triton engine's on Turing, by (kernel, head_dim, kind of terms): of those that `python -m tools.own_kernels --search`
-# finds in shared memory and without spills, the one that `python -m tools.turing_cycles` simulates fastest. For head_dim
-# 64 the whole grid was compiled, with causal, dropout and all; for 128 and 256 with dropout, tiles of up to 64 rows. 32
-# was not searched.
+# The triton engine's on Turing, by (kernel, head_dim, kind of terms). Of the tiles that `tools.own_kernels --search`
+# tries, and that neither spill nor take more than 64 KB, the first in its order (head_dim 64 with causal, dropout and
+# all; 128 and 256 with dropout alone, and up to 64 rows); or another of the first few where `tools.turing_cycles`
+# simulates it as faster: forward 64 with terms, queries 128. Keys 64 are the fastest of six simulated, keys 256 what
+# fits; 32 was not searched.
 _OWN_FP16: dict[tuple[str, int, str], TileOptions] = {
     ("forward", 32, "plain"): (128, 64, 4, 2),
     ("forward", 32, "many"): (128, 64, 4, 2),
