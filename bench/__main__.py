@@ -16,7 +16,7 @@ from compiled_fa import use_engine
 from compiled_fa.tuning import described as described_tuning
 from compiled_fa.tuning.classes import cpu_class
 
-from . import choice, serve, table
+from . import choice, models, serve, table
 from .latency import MODES, latency_records
 from .peers import PEERS
 from .processes import first_use_records, memory_records
@@ -25,15 +25,16 @@ from .race import race
 from .records import ROOT, Writer, circumstances, cpu_model, described, of_outcome
 from .suites import ENGINES, RACES, Entry, latency, memory
 
-SUITES = (*RACES, "latency", "serve", "memory", "compile", "choice")
+SUITES = (*RACES, "models", "latency", "serve", "memory", "compile", "choice")
 RESULTS = ROOT / "bench" / "results"
 EPILOG = """suites: dense, varlen, variants (window, ALiBi, softcap, dropout), decode, short, scale (one head, long),
 classes (of CPUs: a case of each kind), published (the shapes of flash-attention's README, for a GPU), tiles (the tiled
 engine, for a GPU without a fused one), kernels (of our own beside flex_attention's, for a GPU), latency (what a short
-call costs: the host, the device, launches, eagerly, compiled and in a CUDA graph), serve (requests that come and go, on
-pages and on padded rows), memory (peaks, each in a
-process of its own), compile (first use in a new process, cache cold and warm), choice (random calls on a CPU: how much
-slower is auto than the fastest engine? --calls of them, of --seed; the first time they compile for minutes).
+call costs: the host, the device, launches, eagerly, compiled and in a CUDA graph), models (layers of models: a Llama's
+of transformers, the same on packed sequences, a ViT block, a UNet's attention block; ours by each road beside eager and
+SDPA attention), serve (requests that come and go, on pages and on padded rows), memory (peaks, each in a process of its
+own), compile (first use in a new process, cache cold and warm), choice (random calls on a CPU: how much slower is auto
+than the fastest engine? --calls of them, of --seed; the first time they compile for minutes).
 `python -m bench plot [FILE ...]` draws records. Without --quick the whole takes hours on two cores."""
 
 
@@ -154,7 +155,19 @@ def _choice_suite(name: str, options: argparse.Namespace, device: torch.device) 
     print(*choice.told(found), sep="\n")
 
 
-OTHER_SUITES = {"serve": _serve_suite, "choice": _choice_suite}
+def _models_suite(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Records of layers of models."""
+    print(table.MODELS_HEADER)
+    everything = []
+    rounds = options.rounds or (2 if options.quick else None)
+    for records in models.records(options.quick, device, options.seconds, rounds, options.match):
+        print(table.models_row(records), flush=True)
+        everything += records
+        yield from records
+    print(*table.notes(everything), sep="\n")
+
+
+OTHER_SUITES = {"serve": _serve_suite, "models": _models_suite, "choice": _choice_suite}
 OF_A_CLASS = ("classes", "choice")  # whose records differ from one class of CPU to another
 
 

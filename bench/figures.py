@@ -1,7 +1,7 @@
 """The figures that records allow, each a function of a theme.
 
-by_length draws what grows with the length (TFLOP/s, time, memory); the others draw time of ours / time of a peer, where
-1 is the line to be on the left of, or below.
+by_length draws what grows with the length (TFLOP/s, time, memory), training losses of tools/loss_curves.py; the others
+draw time of ours / time of a peer, where 1 is the line to be on the left of, or below.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ class Times:
 def drawings(records: Sequence[Record], quantities: Sequence[str]) -> list[Drawing]:
     """Every figure that these records, all of one machine, allow."""
     times = Times(records)
-    where = _circumstances(records)
+    where = _circumstances([record for record in records if record["status"] != "trained"] or records)
     found = [drawing for quantity in quantities for drawing in _by_length(records, quantity, where)]
     for drawing in (_overview, _variants, _varlen, _decode, _short):
         found += drawing(times, where)
-    return found
+    return found + _training(records)
 
 
 def _circumstances(records: Sequence[Record]) -> str:
@@ -465,3 +465,33 @@ def _short(times: Times, where: str) -> list[Drawing]:
     title = "Short calls, batch 1: what a call costs beside SDPA's"
     axes = "sequence length", "time / SDPA's"
     return [Drawing("short", lambda theme: _draw_lines(panels, axes, title, where, theme))]
+
+
+# Losses.
+
+
+def _training(records: Sequence[Record]) -> list[Drawing]:
+    """A figure of each trainer: its losses step by step, with eager attention under ours."""
+    trainers: dict[str, list[Record]] = {}
+    for record in records:
+        if record["suite"] == "training":
+            trainers.setdefault(record["trainer"], []).append(record)
+
+    def drawing(name: str, curves: list[Record]) -> Drawing:
+        return Drawing(f"training_{name}", lambda theme: _draw_losses(curves, theme))
+
+    return [drawing(name, curves) for name, curves in trainers.items()]
+
+
+def _draw_losses(curves: list[Record], theme: Theme) -> Figure:
+    losses = {record["peer"]: record["losses"] for record in curves}
+    figure = _figure(f"{curves[0]['case']}: loss", _circumstances(curves), (5.4, 2.4), theme)
+    axis = figure.subplots()
+    for peer, style in (("naive", {"linewidth": 4.0, "alpha": 0.55}), ("ours", {"linewidth": 1.2})):
+        label = {"naive": "eager attention", "ours": "compiled_fa"}[peer]
+        axis.plot(range(1, len(losses[peer]) + 1), losses[peer], color=theme.series[peer], label=label, **style)
+    apart = max(abs(a - b) for a, b in zip(losses["ours"], losses["naive"], strict=True))
+    axis.set_xlabel(f"step; the curves are at most {apart:.1e} apart")
+    axis.set_ylabel("nats a byte")
+    _legend(figure)
+    return figure

@@ -22,8 +22,12 @@ QUOTED = ("tflops", "memory")  # the time says the same as TFLOP/s
 
 
 def machine_of(records: Sequence[Record]) -> str:
-    """The machine of all records. Raises ValueError where there are several: their times do not compare."""
-    machines = sorted({f"{record['machine']}, {record['threads']} threads" for record in records})
+    """The machine of all records that are of time or memory; losses compare from one machine to another.
+
+    Raises ValueError where there are several.
+    """
+    measured = [record for record in records if record["status"] != "trained"] or records
+    machines = sorted({f"{record['machine']}, {record['threads']} threads" for record in measured})
     if len(machines) > 1:
         raise ValueError(f"records of one machine at a time, got {'; '.join(machines)}: name the files of one")
     return machines[0]

@@ -76,6 +76,32 @@ def serve_row(records: Sequence[dict[str, Any]]) -> str:
 SERVE_HEADER = f"{'case':<{LABEL_WIDTH + 10}}{'ours tokens/s':>14}{'/ SDPA padded':>14}"
 
 
+MODEL_PEERS = ("ours sdpa", "ours padded", "SDPA", "naive")
+
+
+def models_row(records: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds of a step of ours, and of it / each other road's."""
+    by_peer = {record["peer"]: record for record in records}
+    direction = "fwd" if records[0]["direction"] == "forward" else "fwd+bwd"
+    line = f"{records[0]['case']:<{LABEL_WIDTH + 10}}{direction:>8}"
+    ours = by_peer["ours"].get("median_s")
+    line += f"{significant(ours * 1e3) if ours is not None else NOT_TIMED[by_peer['ours']['status']]:>10}"
+    for name in MODEL_PEERS:
+        record = by_peer.get(name)
+        if record is None:
+            line += f"{'':>14}"
+        elif record["status"] != "timed":
+            line += f"{NOT_TIMED[record['status']]:>14}"
+        else:
+            line += f"{ours / record['median_s']:>14.2f}" if ours is not None else f"{'-':>14}"
+    return line
+
+
+MODELS_HEADER = f"{'case':<{LABEL_WIDTH + 10}}{'dir':>8}{'ours ms':>10}" + "".join(
+    f"{f'/ {name}':>14}" for name in MODEL_PEERS
+)
+
+
 def memory_row(record: dict[str, Any]) -> str:
     direction = "fwd" if record["direction"] == "forward" else "fwd+bwd"
     line = f"{record['case']:<{LABEL_WIDTH}}{direction:>8}{record['peer']:>8}"

@@ -22,6 +22,7 @@
     inductor/         what we ask of Inductor: compiled graphs and steps, and what it makes of our ops in other graphs
     turing/           compiled_fa_turing by another name: tensor cores on Turing for every Triton kernel
     tuning/           the numbers that were tuned, and on which machine
+    timing.py         seconds of calls, in turns
     caches.py         what outlives a call, bounded
     config.py         the environment variables
     testing/          attention problems, ways to run them, the reference, and how wrong a result may be

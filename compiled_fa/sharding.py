@@ -7,10 +7,12 @@ A mesh dimension may shard, of all tensors of a call alike,
                  of one key head (MQA) k and v are whole everywhere, and their gradients are sums
     queries      of dense ones, k and v whole, where a score does not depend on positions: no causal, window or ALiBi
 
-or nothing. DTensor chooses what moves least, and moves the rest: keys that are sharded by length are gathered. With
-dropout nothing is sharded, since what is dropped depends on the numbers of sequences, rows and heads.
+or nothing. A bias is sharded by those of these that it has, and is whole along others. DTensor takes what moves least,
+and moves the rest: keys that are sharded by length are gathered. With dropout nothing is sharded, since what is dropped
+depends on the numbers of sequences, rows and heads.
 
-Rules are registered as soon as torch.distributed.tensor is imported, by its experimental register_sharding.
+Rules are registered as soon as torch.distributed.tensor is imported, by its experimental register_sharding. Private
+API: mesh and tensor_meta of what that gives a rule for a tensor, tried with torch 2.11.0, 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ Dims = dict[str, int]  # a dimension's number, by its name
 QUERIES = ("q", "q_tangent", "out", "out_tangent", "dout", "dq")
 KEYS = ("k", "v", "k_tangent", "v_tangent", "dk", "dv")
 LSES = ("lse", "lse_tangent", "dlse")
-SUMMED = ("dk", "dv")  # over what the others are sharded by, where k and v are whole
-DEFAULTS = Options()._asdict()
+SUMMED = ("dk", "dv", "dbias")  # over what the others are sharded by, where what they are of is whole
+SCORES = ("batch", "heads", "queries", "keys")  # the dimensions of a bias, of which it may have less, or of size 1
+DEFAULTS = {**Options()._asdict(), "bias_gradient": True}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ def _dims(name: str, packed: bool, given: dict[str, Any]) -> Dims:
     """Of the op's argument or result of this name."""
     if name == "alibi_slopes":
         return {"heads": 0} if len(given[name].shape) == 1 else {"batch": 0, "heads": 1}
+    if name in ("bias", "dbias"):
+        sizes = given["bias"].shape
+        return {dim: at for at, (dim, size) in enumerate(zip(SCORES[-len(sizes) :], sizes, strict=True)) if size != 1}
     if name in LSES:
         return {"heads": 0} if packed else {"batch": 0, "heads": 1, "queries": 2}
     if name in QUERIES:
@@ -91,6 +97,8 @@ def _register(tensor: ModuleType) -> None:
 
     for op in (ops.attention, ops.attention_backward, ops.attention_jvp):
         register_sharding(op)(_rule(op, False, tensor))
+    for op in (ops.biased_attention, ops.biased_attention_backward, ops.biased_attention_jvp):
+        register_sharding(op)(_rule(op, False, tensor))
     for op in (ops.varlen_attention, ops.varlen_attention_backward, ops.varlen_attention_jvp):
         register_sharding(op)(_rule(op, True, tensor))
 
@@ -101,10 +109,12 @@ def _rule(op: Any, packed: bool, tensor: ModuleType) -> Any:
     results = [result.name for result in op._schema.returns]
 
     def placement(name: str, way: _Way, given: dict[str, Any]) -> Any:
-        if name in way.whole:
-            return tensor.Partial() if name in SUMMED else tensor.Replicate()
-        dim = _dims(name, packed, given).get(way.by)
-        return tensor.Replicate() if dim is None else tensor.Shard(dim)
+        if name == "dbias" and not (given["bias_gradient"] and given["bias"].tensor_meta.dtype.is_floating_point):
+            return tensor.Replicate()  # of no elements
+        dim = None if name in way.whole else _dims(name, packed, given).get(way.by)
+        if dim is not None:
+            return tensor.Shard(dim)
+        return tensor.Partial() if name in SUMMED else tensor.Replicate()
 
     def acceptable(*arguments: Any, **named: Any) -> list[tuple[list[Any], list[Any]]]:
         given = {**DEFAULTS, **dict(zip(names, arguments, strict=False)), **named}

@@ -1,6 +1,6 @@
 """Four gloo ranks for all tests that need several, forked from one process that has imported everything.
 
-A check is a function that every rank runs, in the order of the modules CHECKED; `outcome` gives what went wrong in it.
+A check is a function that every rank runs, with the others of some modules, in order; `outcomes` gives what went wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 TESTS = Path(__file__).resolve().parent
-CHECKED = ("ranks_sharding", "ranks_ring")
+OURS = ("ranks_sharding", "ranks_ring")  # together, since a group of ranks takes seconds to start
 RANKS = 4
 TIMEOUT = timedelta(seconds=120)  # of a collective that a rank does not come to
 
@@ -51,10 +51,15 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def names_in(module: str) -> list[str]:
+    """The checks of a module that has been imported."""
+    return [name for name, function in CHECKS.items() if function.__module__ == module]
+
+
 def run() -> None:
-    """What `outcomes` starts: prints what went wrong, by check."""
-    for module in CHECKED:
-        importlib.import_module(module)
+    """What `outcomes` starts: prints what went wrong, by check of the modules that its arguments name."""
+    for module in sys.argv[1:]:
+        getattr(importlib.import_module(module), "prepare", lambda: None)()
     torch.compile(torch.sin, backend="aot_eager")(torch.zeros(1))  # imports what ranks compile with
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -78,12 +83,12 @@ def run() -> None:
 
 
 @functools.cache
-def outcomes() -> dict[str, str]:
-    """By check, "" where all ranks found it right. Once a process."""
+def outcomes(*modules: str) -> dict[str, str]:
+    """By check of these modules, "" where all ranks found it right. Once a process."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import ranks; ranks.run()"],
+        [sys.executable, "-W", "ignore", "-c", "import ranks; ranks.run()", *modules],
         env=environment,
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from compiled_fa import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from compiled_fa import attention, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 
 OPS = torch.ops.compiled_fa
 Placements = Sequence[Placement]
@@ -128,6 +128,32 @@ def both_gradients_through_the_op() -> None:
         return out * lse.transpose(1, 2)[..., None]
 
     agree(out_and_lse, qkv(length=9), [(Shard(0), Shard(2))] * 3)
+
+
+@check
+def a_bias_is_sharded_by_what_it_has() -> None:
+    """Of every kind of shape; its gradient is a sum over what it does not have."""
+    where, whole = (Shard(0), Shard(2)), (Shard(0), Replicate())
+    inputs = qkv()
+    for shape, how, of_gradient in (
+        ((2, 4, 6, 9), (Shard(0), Shard(1)), (Shard(0), Shard(1))),
+        ((4, 1, 9), (Replicate(), Shard(0)), (Partial(), Shard(0))),
+        ((2, 1, 6, 1), whole, (Shard(0), Partial())),
+        ((9,), WHOLE, (Partial(), Partial())),
+    ):
+        bias = torch.randn(shape, dtype=torch.float64)
+        *_, dbias = agree(attention, [*inputs, bias], [where, where, where, how])
+        assert dbias.placements == of_gradient
+    seen = torch.rand(2, 1, 6, 9) < 0.7
+    expected = results(functools.partial(attention, bias=seen), inputs)
+    sharded = [distribute_tensor(x, mesh(), where) for x in inputs]
+    spread = distribute_tensor(seen, mesh(), whole)
+    for mine, theirs in zip(results(functools.partial(attention, bias=spread), sharded), expected, strict=True):
+        same(mine, theirs, where)
+    rows = Replicate(), Shard(1)
+    bias = torch.randn(4, 6, 9, dtype=torch.float64)
+    found = agree(attention, [*inputs, bias], [rows, WHOLE, WHOLE, rows])
+    assert found[0].placements == found[-1].placements == rows
 
 
 @check

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import choice, first_use, peers, plot, processes, records, serve, table, timing
+from bench import choice, first_use, models, peers, plot, processes, records, serve, table, timing
 from bench.cases import Case, Direction, Inputs
 from bench.latency import latency_records
 from bench.peers import Peer
@@ -26,7 +27,7 @@ from bench.race import race
 from bench.suites import BOTH, RACES, Entry, memory
 from bench.themes import THEMES
 from bench.timing import Ratio, Timing
-from compiled_fa import engines
+from compiled_fa import engines, flash_attn_func
 from compiled_fa.engines import select, tiled
 from compiled_fa.testing.naive import naive_attention
 
@@ -222,6 +223,42 @@ def test_serve_of_every_server(capsys, tmp_path):
     found = records.read([file])
     assert {record["peer"] for record in found} == set(serve.SERVERS)
     assert all(record["tokens_per_s"] > 0 for record in found)
+
+
+def roads() -> list[Any]:
+    """Each road of each layer that this machine has, in two dtypes."""
+    found = []
+    for layer, (make, needed) in models.LAYERS.items():
+        if needed is None or find_spec(needed) is not None:
+            names = make(True, torch.float32, CPU).roads
+            found += [(layer, name, dtype) for name in names for dtype in (torch.float32, torch.bfloat16)]
+    return found
+
+
+def test_models_by_every_road_are_right(monkeypatch):
+    for layer, name, dtype in roads():
+        assert models.complaint(models.LAYERS[layer][0], name, dtype, CPU) is None, (layer, name, dtype)
+    monkeypatch.setitem(models.ATTENDS, "ours", lambda q, k, v: flash_attn_func(1.5 * q, k, v))
+    complaint = models.complaint(models.vit, "ours", torch.float32, CPU)
+    assert complaint is not None
+    assert complaint.startswith("its output is off by")
+
+
+def test_models_of_every_road(capsys, tmp_path, monkeypatch):
+    """A road that is wrong is told of, and not timed."""
+    file = tmp_path / "records.jsonl"
+    assert command.main(["models", "--quick", "--rounds", "1", "--output", str(file)]) == 0
+    assert "/ ours sdpa" in capsys.readouterr().out
+    found = records.read([file])
+    assert {record["peer"] for record in found} >= {"ours", "ours sdpa", "SDPA", "naive"}
+    assert {record["case"].partition(" B")[0] for record in found} >= {"ViT block", "UNet attention block"}
+    assert all(record["status"] == "timed" and record["median_s"] > 0 for record in found)
+
+    monkeypatch.setitem(models.ATTENDS, "ours", lambda q, k, v: flash_attn_func(1.5 * q, k, v))
+    assert command.main(["models", "--quick", "--rounds", "1", "--match", "ViT", "--output", str(file)]) == 1
+    status = {record["peer"]: record["status"] for record in records.read([file])}
+    assert status == {"ours": "mismatch", "ours sdpa": "timed", "SDPA": "timed", "naive": "timed"}
+    assert "mismatch: ours, ViT block" in capsys.readouterr().out
 
 
 def test_serve_frees_pages_and_uses_them_again():
@@ -509,6 +546,18 @@ def test_plot_of_ratios(tmp_path):
     assert "fp32" in overview
     assert {"0.12", "/ SDPA in a loop", "2 sequences of 5 to 7"} <= set(texts(folder / "varlen-dark.svg"))
     assert {"0.38", "/ naive attention", "softcap 30"} <= set(texts(folder / "variants-dark.svg"))
+
+
+def test_plot_of_losses(tmp_path):
+    pytest.importorskip("matplotlib")
+    common = records.circumstances(CPU) | {"suite": "training", "case": "GPT-2, somebody's trainer", "trainer": "gpt2"}
+    curves = {"naive": [5.0, 4.0, 3.0], "ours": [5.0, 4.0, 3.25]}
+    lines = [common | {"peer": peer, "status": "trained", "losses": losses} for peer, losses in curves.items()]
+    folder = tmp_path / "figures"
+    assert plot.main([str(write(tmp_path / "records.jsonl", lines)), "--output", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == {f"training_gpt2-{theme}.svg" for theme in THEMES}
+    found = set(texts(folder / "training_gpt2-dark.svg"))
+    assert {"eager attention", "compiled_fa", "step; the curves are at most 2.5e-01 apart"} <= found
 
 
 def test_plots_are_the_same_again_and_differ_by_theme_in_colours_alone(tmp_path):

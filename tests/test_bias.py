@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from on_cpu import RUNNERS, Runner, examples
-from support import Case, check_against_float64, cumulative, make, replace, run_tiled
+from support import Case, check_against_float64, cumulative, make, packed, replace, run_tiled
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compiled_fa
 from compiled_fa import messages
-from compiled_fa.engines import fused, sdpa_cpu, split_kv, tiled
-from compiled_fa.engines.fused import attention as fused_attention
+from compiled_fa.engines import fused, nvidia, sdpa_cpu, split_kv, tiled
 from compiled_fa.engines.tiled import TileSizes
-from compiled_fa.problem import Problem
+from compiled_fa.problem import Direction, Problem
+from compiled_fa.scores import Window
 from compiled_fa.testing import Bias
 from compiled_fa.testing.budget import budget, error
 from compiled_fa.testing.naive import naive_attention
@@ -177,7 +177,8 @@ def test_inductor_has_it_in_a_graph():
     q, k, v = tensors(False)
     bias = torch.randn(1, 4, 9, 11)
     compiled = torch.compile(compiled_fa.attention, fullgraph=True)
-    torch.testing.assert_close(compiled(q, k, v, bias), compiled_fa.attention(q, k, v, bias))
+    for values in (v, k):  # the op, and what PyTorch's kernel does in its place
+        torch.testing.assert_close(compiled(q, k, values, bias), compiled_fa.attention(q, k, values, bias))
 
 
 def test_without_a_bias_it_is_flash_attn_func():
@@ -222,19 +223,38 @@ def test_wrong_arguments(argument, given, says, kind):
 
 
 def test_engines_that_leave_it_say_so(monkeypatch):
-    monkeypatch.setattr(fused_attention, "capability_of", lambda device: (9, 0))
-    monkeypatch.setattr(fused_attention, "_missing", lambda capability: None)
-    q, k, v = tensors(False)
+    monkeypatch.setattr(nvidia, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(nvidia, "_missing", lambda capability: None)
+    q, k, _ = tensors(False)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    problem = Problem.of(q, k, v, None, bias=torch.zeros(1, 1, 9, 11), bias_gradient=True)
+    problem = Problem.of(q, k, k, None, bias=torch.zeros(1, 1, 9, 11), bias_gradient=True)
     assert fused.unsupported_reason(cuda, problem) is None
     assert "changes from run to run" in (fused.unsupported_reason(cuda, problem, "backward") or "")
     assert fused.unsupported_reason(cuda, replace(problem, bias_gradient=False), "backward") is None
     huge = torch.empty(1, 4, 2**15, 2**15, device="meta")
     assert "2**31" in (fused.unsupported_reason(cuda, replace(problem, bias=huge)) or "")
-    for engine in (sdpa_cpu, split_kv):
-        assert engine.unsupported_reason(cpu, problem) == "it has no bias"
-    assert tiled.unsupported_reason(cpu, problem) is None
+    assert tiled.unsupported_reason(cpu, problem) is sdpa_cpu.unsupported_reason(cpu, problem) is None
+    assert split_kv.unsupported_reason(cpu, problem) == "it has no bias"
+    pairs, causal = torch.ones(9, 11, dtype=torch.bool)[None, None], replace(problem, window=Window(right=0))
+    others: dict[str, tuple[Problem, Direction]] = {"gradient": (problem, "backward"), "causal": (causal, "forward")}
+    others["copy"] = replace(problem, bias=pairs), "forward"
+    others["too large"] = replace(problem, bias=pairs.double()), "forward"
+    for word, (other, direction) in others.items():
+        assert word in (sdpa_cpu.unsupported_reason(cpu, other, direction) or "")
+
+
+@pytest.mark.parametrize(
+    "bias", [Bias(), Bias("hqk", expanded=True), Bias("bk", torch.bool), Bias("qk", transposed=True)]
+)
+@pytest.mark.parametrize("dlse", [False, True])
+def test_sdpa_cpu_agrees_with_float64(bias, dlse):
+    data = make(Case(((33, 41),) * 2, dense=True, heads_per_key=2, bias=bias))
+    problem = data.problem()
+    assert sdpa_cpu.unsupported_reason(data.device, problem) is None
+    out, lse = sdpa_cpu.forward(problem)
+    data = data if dlse else replace(data, dlse=None)
+    gradients = sdpa_cpu.backward(problem, data.laid_out(data.dout), out, lse, data.per_row(data.dlse))
+    check_against_float64(data, packed(data, (out, lse, *gradients)))
 
 
 def naive_sinks(

@@ -20,6 +20,9 @@ PROGRAMS = sorted((HERE / "clients").glob("*.py"))
 NEEDS: dict[str, tuple[list[str], list[str]]] = {
     "diffusers_flash": (["diffusers"], []),
     "kernels_layout": (["kernels", "transformers"], []),
+    "peft_lora": (["transformers", "accelerate", "peft"], []),
+    "point_transformer": ([], []),
+    "transformers_paged": (["kernels", "transformers"], []),
     "x_transformers_flash": (["x_transformers"], ["-O"]),
     "xformers_operator": (["xformers"], []),
 }

@@ -180,7 +180,7 @@ def test_python_command_and_its_options_exist(words, monkeypatch, capsys):
         return
     if program[-1] == "bench":
         names = [word for word in arguments if word.isalpha() and word.islower()]
-        assert set(names) <= {*suites.RACES, "latency", "serve", "memory", "compile", "choice", "plot"}
+        assert set(names) <= {*suites.RACES, "latency", "models", "serve", "memory", "compile", "choice", "plot"}
     told = help_of(program, arguments, monkeypatch, capsys)
     missing = [option for option in options if not re.search(rf"{option.partition('=')[0]}\b", told)]
     assert not missing, f"{' '.join(program)} has no {missing}"

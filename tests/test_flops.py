@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from compiled_fa import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from compiled_fa import attention, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 OPS = torch.ops.compiled_fa
 B, SQ, SK, H, HK, D, DV = 2, 5, 7, 4, 2, 8, 16
@@ -57,6 +57,12 @@ def test_forward_and_backward_count_naive_attentions_products():
 def test_what_is_hidden_counts_as_torch_counts_it(options):
     plain, hidden = counted(both, flash_attn_func, *inputs()), counted(both, flash_attn_func, *inputs(), **options)
     assert plain == hidden == {"attention": B * SQ * SK * SCORE, "attention_backward": B * SQ * SK * SCORE_BACKWARD}
+
+
+def test_a_bias_counts_nothing():
+    bias = torch.randn(SQ, SK, requires_grad=True)
+    scores, found = B * SQ * SK, counted(both, attention, *inputs(), bias)
+    assert found == {"biased_attention": scores * SCORE, "biased_attention_backward": scores * SCORE_BACKWARD}
 
 
 def test_packed_sequences_count_by_their_lengths():

@@ -13,7 +13,18 @@ ROOT = Path(compiled_fa.__file__).parent
 
 # From the ground up. A module may import those below its own line, and those of its own package.
 LAYERS = [
-    {"messages", "flattening", "config", "memory", "registration", "rotation", "seed", "turing", "without_numpy"},
+    {
+        "messages",
+        "flattening",
+        "config",
+        "memory",
+        "registration",
+        "rotation",
+        "seed",
+        "timing",
+        "turing",
+        "without_numpy",
+    },
     {"caches", "forward_mode", "tuning"},
     {"inductor", "scores"},
     {"problem"},

@@ -42,7 +42,7 @@ def test_tables_and_status_1_out_of_budget(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "OUT OF BUDGET" in out
     assert all(label in out for label in ("Python", "torch", "Triton", "C++ compiler", "device", "engine"))
-    assert "split_kv, then sdpa_cpu, then tiled (not fused: it needs a CUDA device, and this is cpu)" in out
+    assert "split_kv, then sdpa_cpu, then tiled (not fused: it needs a CUDA device, and this is cpu;" in out
     assert out.splitlines()[-3].endswith("tiled, tiled")
 
 

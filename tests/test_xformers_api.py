@@ -93,6 +93,24 @@ DENSE: dict[str, tuple[Any, Seen]] = {
 }
 
 
+@pytest.mark.parametrize("heads", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_tensor_of_biases(heads, shared):
+    """In as many dimensions as q; its gradient is summed where it broadcasts."""
+
+    def naive(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (x.movedim(1, -2) for x in (query, key, value))
+        probs = (q @ k.mT * query.shape[-1] ** -0.5 + bias).softmax(-1)
+        out: Tensor = (probs @ v).movedim(-2, 1)
+        return out
+
+    bias = torch.randn(1 if shared else 2, *heads, 5, 7)
+    inputs = torch.randn(2, 5, *heads, 8), torch.randn(2, 7, *heads, 8), torch.randn(2, 7, *heads, 6), bias
+    check(memory_efficient_attention, naive, inputs)
+    with pytest.raises(ValueError, match=r"^attn_bias must be \(batch, .*seqlen_q, seqlen_k\), got shape"):
+        memory_efficient_attention(*inputs[:3], bias[0])
+
+
 @pytest.mark.parametrize(("m", "n"), [(7, 7), (4, 9), (9, 4)])
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_masks(name, m, n):
@@ -355,7 +373,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dimensions": ({"query": torch.ones(3, 4)}, ValueError, r"query must be \(batch, seqlen, head_dim\) or "),
     "others": ({"key": torch.ones(1, 8, 8)}, ValueError, r"key must be \(batch, seqlen, nheads, head_dim\)"),
     "no tensor": ({"value": None}, TypeError, "value must be a tensor"),
-    "a bias": ({"attn_bias": torch.zeros(1)}, TypeError, "attn_bias must be None or a mask of compiled_fa"),
+    "a bias": ({"attn_bias": [0.0]}, TypeError, "attn_bias must be None, a tensor or a mask of compiled_fa"),
     "op": ({"op": "cutlass"}, ValueError, "op must be None"),
     "dtype": ({"output_dtype": torch.float64}, ValueError, r"output_dtype must be query's, torch.float32, or None"),
     "a batch": (

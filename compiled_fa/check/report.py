@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -18,24 +17,9 @@ from .. import config, engines
 from ..problem import Direction
 from ..testing import RESULTS, Case, Inputs, run, run_naive, run_op
 from ..testing.budget import error, expected
+from ..timing import interleaved_medians
 from .cases import CASES, has_sdpa, sdpa
 from .environment import describe
-
-ROUNDS = 5  # timings of each peer, interleaved; the median counts
-
-
-def interleaved_medians(peers: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Median seconds of each, run in turns, so that what else the machine does slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for turn in range(ROUNDS + 1):  # the first is for warming up
-        for name, call in peers.items():
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def check(name: str, inputs: Inputs[Case], engine: str) -> dict[str, Any]:
@@ -64,7 +48,7 @@ def check(name: str, inputs: Inputs[Case], engine: str) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     header = f"{'case':<16}" + "".join(f"{name + ' error (naive)':>20}" for name in RESULTS)
     lines = [header + f"{'time / naive':>14}{'/ SDPA':>8}   {'within budget':<16}forward by, gradients by"]
     for row in rows:
@@ -83,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m compiled_fa",
         description="Tell which engine serves this machine, and hold it against float64, naive attention and SDPA.",
+        epilog="python -m compiled_fa report: this, a table of speeds, and a file and a picture of both to share.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--device", default=None, help="default: cuda where available, else cpu")
@@ -110,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"environment": environment, "dtype": str(dtype), "cases": rows, "ok": ok}, indent=2))
     else:
-        print(_table(rows))
+        print(table(rows))
         print("Times are of forward and gradients together; below 1 ours is faster.")
         print("All within budget." if ok else "OUT OF BUDGET: see the rows marked NO.")
     return 0 if ok else 1

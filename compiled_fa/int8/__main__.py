@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..timing import interleaved_medians
 from .interface import attention
 
-ROUNDS = 5
 KEYS = ("normal", "a common offset", "outliers in a channel")
 COLUMNS = ("keys", "head_dim", "fp16 SDPA", "int8", "int8, keys not smoothed", "time / SDPA's")
 
@@ -49,20 +46,6 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-def seconds(calls: Mapping[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
-    """Medians, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(ROUNDS + 1):  # the first is for warming up
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compiled_fa.int8", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where it is")
@@ -79,7 +62,7 @@ def main(given: list[str] | None = None) -> int:
                 found = [sdpa(q, k, v), attention(q, k, v), attention(q, k, v, smooth_k=False)]
                 errors = [f"{100 * distance(x, wanted):.2f} %" for x in found]
                 calls = {"int8": partial(attention, q, k, v), "SDPA": partial(sdpa, q, k, v)}
-                times = seconds(calls, device)
+                times = interleaved_medians(calls, device)
                 cells = [keys, str(head_dim), *errors, f"{times['int8'] / times['SDPA']:.2f}"]
                 print("| " + " | ".join(cells) + " |", flush=True)
     return 0

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import validation
 from ..interface import flash_attn_func, flash_attn_varlen_func
+from ..with_bias import attention
 from .attn_bias import AttentionBias, PagedBlockDiagonalPaddedKeysMask, _Blocks
 from .calls import Call
 
@@ -21,7 +22,7 @@ def memory_efficient_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_bias: AttentionBias | None = None,
+    attn_bias: Tensor | AttentionBias | None = None,
     p: float = 0.0,
     scale: float | None = None,
     *,
@@ -35,7 +36,9 @@ def memory_efficient_attention(
         key, value: (B, N, H, K) and (B, N, H, Kv), in as many dimensions as query. For GQA of five dimensions they
             are expanded, as for xformers: heads of stride 0 are read as one. Of four dimensions they may have fewer
             heads than query, too. Masks whose names have BlockDiagonal want B = 1.
-        attn_bias: a mask of compiled_fa.xformers_api; None: every query sees every key.
+        attn_bias: a mask of compiled_fa.xformers_api; or a tensor that is added to scores, (B, H, M, N), (B, M, N) or
+            (B, G, H, M, N) as query has it, of any strides, expanded ones, too, and of sizes 1 where it broadcasts:
+            compiled_fa.attention's bias; None: every query sees every key.
         p: dropout's probability, flash_attn_func's dropout_p.
         scale: flash_attn_func's softmax_scale; None: 1 / sqrt(K).
         op: None. Which engine computes is said by compiled_fa.use_engine.
@@ -61,13 +64,14 @@ def memory_efficient_attention(
             validation.refuse(argument, wanted, f"shape {tuple(x.shape)}")
     if output_dtype not in (None, query.dtype):
         validation.refuse("output_dtype", f"query's, {query.dtype}, or None", output_dtype)
-    if attn_bias is not None and not isinstance(attn_bias, AttentionBias):
-        validation.refuse(
-            "attn_bias", "None or a mask of compiled_fa.xformers_api", type(attn_bias).__name__, TypeError
-        )
+    if attn_bias is not None and not isinstance(attn_bias, (Tensor, AttentionBias)):
+        wanted = "None, a tensor or a mask of compiled_fa.xformers_api"
+        validation.refuse("attn_bias", wanted, type(attn_bias).__name__, TypeError)
     q, k, v = _four_dimensions(query, key, value)
     if isinstance(attn_bias, (_Blocks, PagedBlockDiagonalPaddedKeysMask)):
         out = _of_blocks(q, k, v, attn_bias, p, scale)
+    elif isinstance(attn_bias, Tensor):
+        out = attention(q, k, v, _by_heads(attn_bias, query.dim()), dropout_p=p, softmax_scale=scale)
     else:
         out = _dense(q, k, v, attn_bias, p, scale)
     return out.unflatten(2, query.shape[2:-1]) if query.dim() == 5 else out.reshape(*query.shape[:-1], -1)
@@ -90,6 +94,16 @@ def _four_dimensions(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
             key, value = key[:, :, :1], value[:, :, :1]
     q, k, v = (x.flatten(2, 3) for x in (query, key, value))
     return q, k, v
+
+
+def _by_heads(bias: Tensor, dims: int) -> Tensor:
+    """-> (B, H, M, N) with all heads, for queries of so many dimensions."""
+    if bias.dim() != dims:
+        wanted = DIMS[dims].replace("seqlen, ", "").replace("head_dim", "seqlen_q, seqlen_k")
+        validation.refuse("attn_bias", f"({wanted})", f"shape {tuple(bias.shape)}")
+    if dims == 3:
+        return bias[:, None]
+    return bias if dims == 4 else bias.flatten(1, 2)
 
 
 def _is_one(x: Tensor, dim: int) -> bool:

@@ -159,10 +159,10 @@ _FULL_PAGES = {"heads": 8, "nheads_k": 2, "head_dim": 128, "page": 32}
 
 CASES = (
     Case("attention", attend, _dense, _full, {"seqlen": 90, "nheads": 2, "head_dim": 32},
-         {"causal": False, "tile": (64, 32), "num_warps": 4, "num_stages": 2}, _FULL_DENSE,
+         {"causal": False, "tile": (32, 32), "num_warps": 2, "num_stages": 2}, _FULL_DENSE,
          {"causal": False, "tile": (128, 32), "num_warps": 4, "num_stages": 2}),
     Case("attention, causal, head_dim 128", attend, _dense, _causal, {"seqlen": 90, "nheads": 1, "head_dim": 64},
-         {"causal": True, "tile": (32, 32), "num_warps": 2, "num_stages": 2}, {**_FULL_DENSE, "head_dim": 128},
+         {"causal": True, "tile": (32, 16), "num_warps": 2, "num_stages": 2}, {**_FULL_DENSE, "head_dim": 128},
          {"causal": True, "tile": (128, 32), "num_warps": 8, "num_stages": 2}),
     Case("paged attention, one query", attend_pages, _paged, _of_pages, {"lengths": [40, 7], "queries": 1, **_PAGES},
          {"rows": 16, "num_warps": 1, "num_stages": 2}, {"lengths": [500, 700], "queries": 1, **_FULL_PAGES},

@@ -11,6 +11,7 @@ kernel.py   the kernel, and the parts of a score matrix that it can do
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...messages import say_once
 from ...problem import Direction, Problem
@@ -41,8 +42,8 @@ def unsupported_reason(
         return None
     if problem.softcap or problem.alibi_slopes is not None or problem.dropout_p:
         return "its kernel has no softcap, ALiBi or dropout of ours"
-    if problem.bias is not None:
-        return "it has no bias"
+    if problem.bias is not None and (reason := _no_bias(problem, problem.bias, direction)) is not None:
+        return reason
     if problem.window_in_force not in (EVERYTHING, CAUSAL):
         return "its kernel has no window but causal"
     if not problem.softmax_scale > 0.0:
@@ -51,6 +52,19 @@ def unsupported_reason(
         return "its kernel does not read pages"
     if problem.q.shape[-1] != problem.v.shape[-1]:
         return "its kernel wants one head_dim for q, k and v"
+    return None
+
+
+def _no_bias(problem: Problem, bias: Tensor, direction: Direction) -> str | None:
+    """Why it does not serve a call with this bias."""
+    if direction == "backward" and problem.bias_gradient:
+        return "its kernel has no gradient of a bias"
+    if problem.window_in_force != EVERYTHING:
+        return "its kernel has no bias beside causal"
+    widened = kernel.widens(problem.q) if direction == "forward" else kernel.widens_backward(problem.q)
+    small = bias.dtype == torch.bool and bias.shape[2] == 1  # of keys, not of pairs
+    if widened or not (small or bias.dtype == problem.q.dtype):
+        return "its kernel adds a bias of its own dtype, and a copy of this one would be too large"
     return None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...memory import new_empty
-from ...problem import Problem
+from ...problem import Problem, bias_part
 from ...tuning import current
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -66,6 +66,16 @@ def _kernels_layout(x: Tensor) -> Tensor:
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
+def _added(problem: Problem, dtype: torch.dtype) -> Tensor | None:
+    """The call's bias as the kernel takes it: floating point, and of size 1 where it is expanded."""
+    if problem.bias is None:
+        return None
+    bias = problem.bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in problem.bias.stride())]
+    if bias.dtype == torch.bool:
+        return torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, -inf)
+    return bias.to(dtype)
+
+
 def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Sequences, query heads and key heads whose copies in fp32 are few enough at a time, or one key head's."""
     most = current().sdpa_cpu.widened_bytes
@@ -110,7 +120,10 @@ def _attend_by_parts(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple
     scale = problem.softmax_scale
     queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
     if at_once(problem, q, k):
-        out, lse = _forward(queries, keys, values, 0.0, _causal(problem), scale=scale)
+        bias = _added(problem, q.dtype)
+        out, lse = _forward(queries, keys, values, 0.0, _causal(problem), attn_mask=bias, scale=scale)
+        if bias is not None:  # the kernel says 0 of rows that see nothing
+            lse = torch.where(bias.amax(-1) == -inf, -inf, lse)
         return out.transpose(1, 2).contiguous(), lse.contiguous()
     out = q.new_zeros(q.shape)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -inf, dtype=problem.lse_dtype)
@@ -150,7 +163,7 @@ def differentiate(
             piece_dout = torch.cat([piece_dout, torch.ones_like(column)], -1)
             piece_out = torch.cat([piece_out, -column], -1)
         piece = _differentiate_by_parts(
-            problem, (piece_q, piece_dout, piece_out), (piece_k, piece_v), lse[sequences, heads]
+            problem, (piece_q, piece_dout, piece_out), (piece_k, piece_v), lse[sequences, heads], (sequences, heads)
         )
         for gradient, rows, of_piece in zip(gradients, (queries, keys, keys), piece, strict=True):
             gradient[rows] = of_piece[..., : gradient.shape[-1]]
@@ -158,13 +171,21 @@ def differentiate(
 
 
 def _differentiate_by_parts(
-    problem: Problem, of_queries: tuple[Tensor, Tensor, Tensor], of_keys: tuple[Tensor, Tensor], lse: Tensor
+    problem: Problem,
+    of_queries: tuple[Tensor, Tensor, Tensor],
+    of_keys: tuple[Tensor, Tensor],
+    lse: Tensor,
+    piece: tuple[slice, slice] = (slice(None), slice(None)),
 ) -> Gradients:
+    """piece: the sequences and query heads that these are of the call's."""
     scale = problem.softmax_scale
     q, dout, out = (_kernels_layout(x) for x in of_queries)
     k, v = (_kernels_layout(x) for x in of_keys)
     if at_once(problem, of_queries[0], of_keys[0]):
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, _causal(problem), scale=scale)
+        bias = _added(problem, q.dtype)
+        if bias is not None:
+            bias, lse = bias_part(bias, *piece, slice(None), slice(None)), lse.masked_fill(lse == -inf, inf)
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, _causal(problem), attn_mask=bias, scale=scale)
     else:
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for first, *span, causal in _parts(of_queries[0], of_keys[0]):
