@@ -11,8 +11,8 @@ or nothing. A bias is sharded by those of these that it has, and is whole along 
 and moves the rest: keys that are sharded by length are gathered. With dropout nothing is sharded, since what is dropped
 depends on the numbers of sequences, rows and heads.
 
-Rules are registered as soon as torch.distributed.tensor is imported, by its experimental register_sharding. Private API:
-mesh and tensor_meta of what that gives a rule for a tensor, tried with torch 2.11.0, 2.13.0 and 2.14.1.
+Rules are registered as soon as torch.distributed.tensor is imported, by its experimental register_sharding. Private
+API: mesh and tensor_meta of what that gives a rule for a tensor, tried with torch 2.11.0, 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _dims(name: str, packed: bool, given: dict[str, Any]) -> Dims:
         return {"heads": 0} if len(given[name].shape) == 1 else {"batch": 0, "heads": 1}
     if name in ("bias", "dbias"):
         sizes = given["bias"].shape
-        return {dim: at for at, (dim, size) in enumerate(zip(SCORES[-len(sizes) :], sizes, strict=True)) if size != 1}
+        return {
+            dim: at for at, (dim, size) in enumerate(zip(SCORES[4 - len(sizes) :], sizes, strict=True)) if size != 1
+        }
     if name in LSES:
         return {"heads": 0} if packed else {"batch": 0, "heads": 1, "queries": 2}
     if name in QUERIES:
