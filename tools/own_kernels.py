@@ -3,7 +3,8 @@
     python -m tools.own_kernels [--json FILE]           every kernel of the engine's table
     python -m tools.own_kernels --search [--json FILE]  the table anew: the best of a grid of tiles, warps and stages
 
-The figures are those of `python -m tools.turing_report`, which has flex_attention's kernels. It needs triton. Results
+The figures are those of `python -m tools.turing_report`, which has flex_attention's kernels, and the share of the peak
+that `python -m tools.turing_cycles` simulates, in tiles without a mask. It needs triton. Results
 are kept (in --cache) until kernels or versions change, so that a run can be continued.
 """
 
@@ -20,11 +21,14 @@ from typing import Any
 import torch
 import triton
 
+from compiled_fa.engines.triton.launching import FORWARD, KEYS, QUERIES, Launch
 from compiled_fa.tuning import FlexOptions, TileOptions
 from tools import turing_report
-from tools.offline.figures import Figures, figures_of_launch
+from tools.offline.compile import Compiled
+from tools.offline.figures import MULTIPLY_ADDS, SUB_CORES, Figures, figures_of_launch
 from tools.offline.own_kernels import KERNELS, TERMS, compile_launch, launch_of
 from tools.offline.provenance import provenance
+from tools.turing_cycles import cycles_of
 
 ROOT = turing_report.ROOT
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -34,7 +38,10 @@ SOURCES = (
     "compiled_fa/engines/triton/*.py",
     "compiled_fa/scores/*.py",
     "compiled_fa_turing/*.py",
-    *(f"tools/offline/{name}.py" for name in ("compile", "figures", "machine_code", "own_kernels")),
+    *(
+        f"tools/offline/{name}.py"
+        for name in ("compile", "figures", "issue", "machine_code", "own_kernels", "turing_sm")
+    ),
 )
 
 
@@ -51,21 +58,48 @@ class Kernel:
         return f"{self.kernel} {self.head_dim}, {self.terms}"
 
 
-def measured(kernel: Kernel, cache: pathlib.Path) -> turing_report.Result:
-    """Figures, or why there are none."""
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """figures: or why there are none. simulated: share of a T4's peak in tiles without a mask, latency and all, as
+    tools/turing_cycles.py has it."""
+
+    figures: turing_report.Result
+    simulated: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        figures = self.figures.as_dict() if isinstance(self.figures, Figures) else self.figures
+        return {"turing": figures, "simulated": self.simulated}
+
+    @classmethod
+    def from_dict(cls, kept: dict[str, Any]) -> "Measured":
+        figures = kept["turing"]
+        return cls(figures if isinstance(figures, str) else Figures.from_dict(figures), kept["simulated"])
+
+
+def simulated(launch: Launch, compiled: Compiled) -> float:
+    found = cycles_of(compiled)
+    if len(found.runs) != 2:
+        return 0.0
+    size = launch.constants
+    d, d_v = size["HEAD_DIM"], size["HEAD_DIM_V"]
+    multiply_adds: int = {FORWARD: d + d_v, QUERIES: 2 * d + d_v, KEYS: 2 * d + 2 * d_v}[launch.kernel]
+    cycles: float = found.of_a_block(1) / (size["BLOCK_M"] * size["BLOCK_N"])  # of a score
+    return multiply_adds / cycles / (SUB_CORES * MULTIPLY_ADDS)
+
+
+def measured(kernel: Kernel, cache: pathlib.Path) -> Measured:
     launch = launch_of(*dataclasses.astuple(kernel))
     key = f"{_source_hash()} {kernel} {launch.constants} {launch.num_warps} {launch.num_stages}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if path.exists():
-        kept = json.loads(path.read_text())
-        return kept if isinstance(kept, str) else Figures.from_dict(kept)
-    result: turing_report.Result
+        return Measured.from_dict(json.loads(path.read_text()))
     try:
-        result = figures_of_launch(launch, compile_launch(launch))
+        compiled = compile_launch(launch)
+        result = Measured(figures_of_launch(launch, compiled), simulated(launch, compiled))
     except Exception as error:  # a compiler's, of any type: to be shown in the kernel's row
-        result = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        result = Measured(f"{type(error).__name__}: {error}".splitlines()[0][:200])
     cache.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result.as_dict() if isinstance(result, Figures) else result))
+    path.write_text(json.dumps(result.as_dict()))
     return result
 
 
@@ -95,16 +129,12 @@ def grid(kernel: str, head_dim: int) -> Iterator[TileOptions]:
 def search(cells: Sequence[Kernel], cache: pathlib.Path) -> Iterator[tuple[Kernel, list[dict[str, Any]]]]:
     """The candidates of each cell, best first, in the order of tools/turing_report.py."""
     for cell in cells:
-        results: dict[FlexOptions, turing_report.Result] = {}
+        results: dict[FlexOptions, Measured] = {}
         for options in grid(cell.kernel, cell.head_dim):
             named = tuple(zip(NAMES, options, strict=True))
             results[named] = measured(dataclasses.replace(cell, options=options), cache)
-        ranked = turing_report.ranked(results)
-        yield cell, [{"options": dict(named), "turing": _as_json(results[named])} for named in ranked]
-
-
-def _as_json(result: turing_report.Result) -> Any:
-    return result.as_dict() if isinstance(result, Figures) else result
+        ranked = turing_report.ranked({named: result.figures for named, result in results.items()})
+        yield cell, [{"options": dict(named), **results[named].as_dict()} for named in ranked]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,15 +154,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append({**dataclasses.asdict(kernel), "candidates": candidates})
             print(kernel)
             for candidate in candidates[:4]:
-                print("  ", turing_report.candidate_text(candidate), flush=True)
+                text = f"{turing_report.candidate_text(candidate)}, simulated {candidate['simulated']:.0%}"
+                print("  ", text, flush=True)
     else:
-        columns = turing_report.COLUMNS
+        columns = (*turing_report.COLUMNS, "simulated")
         print("| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|", sep="\n", flush=True)
         for kernel in kernels:
             launch, result = launch_of(*dataclasses.astuple(kernel)), measured(kernel, asked.cache)
             options = {name: launch.keywords[name] for name in NAMES}
-            rows.append({**dataclasses.asdict(kernel), "options": options, "turing": _as_json(result)})
-            print("| " + " | ".join([str(kernel), *turing_report.cells(options, _as_json(result))]) + " |", flush=True)
+            row = {"options": options, **result.as_dict()}
+            rows.append({**dataclasses.asdict(kernel), **row})
+            told = [str(kernel), *turing_report.cells(options, row["turing"]), f"{result.simulated:.0%}"]
+            print("| " + " | ".join(told) + " |", flush=True)
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
         asked.json.write_text(json.dumps({**provenance("tools.own_kernels"), "rows": rows}, indent=1) + "\n")

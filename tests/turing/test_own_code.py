@@ -1,16 +1,20 @@
 """The triton engine's kernels, with the options of its table, compiled for sm_75: what a Turing card would execute."""
 
-import itertools
-
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tools.offline.figures import SHARED, figures_of_launch
-from tools.offline.own_kernels import KERNELS, compile_launch, launch_of
+from tools.offline.own_kernels import compile_launch, launch_of
 
-# Terms take registers and no shared memory, head_dim both.
-CASES = [*itertools.product(KERNELS, (64, 128), ("dropout",)), ("forward", 96, "causal"), ("keys", 256, "causal")]
+# A few: `python -m tools.own_kernels` has them all.
+CASES = [
+    ("forward", 64, "dropout"),
+    ("queries", 128, "dropout"),
+    ("keys", 64, "dropout"),
+    ("forward", 96, "causal"),
+    ("keys", 256, "causal"),
+]
 HMMA = 8  # cycles of a HMMA.1688
 
 
@@ -29,9 +33,6 @@ def test_what_a_t4_would_execute(compiled, case):
     assert len(figures.loops) == 2
     assert figures.hmma * HMMA == sum(loop.cycles["tensor"] for loop in figures.loops)
     assert all(loop.cycles["tensor"] >= loop.ideal for loop in figures.loops)
-    assert figures.spills <= SPILLS.get(case, 0)
+    assert figures.spills == 0
     assert figures.shared <= SHARED
     assert figures.blocks_per_sm >= 1
-
-
-SPILLS: dict[tuple[str, int, str], int] = {}  # instructions that a kernel is allowed
