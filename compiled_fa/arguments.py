@@ -134,7 +134,7 @@ def _changes(number: float | None) -> bool:
     tried with torch 2.11.0, 2.13.0 and 2.15.0."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and here it is
 
-    return number is not None and not has_static_value(number)
+    return type(number) in (float, int) and not has_static_value(number)  # NumPy's numbers are tensors there
 
 
 def seeded(options: Options, check: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, *packing: Any) -> Options:
