@@ -114,6 +114,8 @@ def options(
 def of_op(q: Tensor, options: Options, engine: str) -> tuple[Any, ...]:
     """What an op takes after its tensors. A number that compiled code knows only when it runs is an element of a tensor
     there: an argument would be a number in the code, which would be compiled again for the next."""
+    if options.softcap == 0.0:  # of a default, too, which Dynamo may take for a number that changes
+        options = options._replace(softcap=0.0)
     numbers = options.softmax_scale, options.softcap, options.dropout_p
     if not torch.compiler.is_compiling() or not any(map(_changes, numbers)):
         return *options, engine

@@ -10,26 +10,43 @@ B batch, Sq queries, Sn new keys, S rows of a page, H and Hk query and key heads
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from .caches import Cache, TensorCache, stream_of
 from .problem import Cached, Options, Problem
 from .rotation import rotated
 
 PIECES_FROM = 8  # new keys of a row, from which on each piece of a page is copied by itself on a CPU
 
+_of_tensors = TensorCache[Tensor]("of cache lengths", 64, 4 << 20, lambda x: x.nbytes)
+_of_numbers: Cache[object, Tensor] = Cache("of cache sizes", entries=64)
+
+
+def equal_lengths(length: int, batch: int, device: torch.device) -> Tensor:
+    """int32 (batch,), for all layers the same tensor where such are kept."""
+    make = functools.partial(torch.full, (batch,), length, dtype=torch.int32, device=device)
+    if torch.compiler.is_compiling() or not is_kept(device) or (stream := stream_of(device)) is None:
+        return make()
+    return _of_numbers.get(("length", length, batch, device, stream), make)
+
+
+def is_kept(device: torch.device) -> bool:
+    """On a CPU to make it anew costs as little; and there NumPy may write to a tensor without a word."""
+    return device.type != "cpu"
+
 
 @dataclass(frozen=True)
 class CacheCall:
-    """Arguments of the op that are tensors, in its order.
+    """Arguments of the op that are tensors, in its order, and whether it shares tables.
 
     q: (B, Sq, H, D). k_cache: (pages, S, Hk, D). v_cache: (pages, S, Hk, Dv). k: (B, Sn, Hk, D). v: (B, Sn, Hk, Dv).
     rotary_cos, rotary_sin: (positions, rotary_dim / 2). cache_seqlens, cache_batch_idx, cache_leftpad: int32 (B,).
-    block_table: int32 (B, pages of a row).
+    block_table: int32 (B, pages of a row). shares_tables: cache_ops.py.
     """
 
     q: Tensor
@@ -43,6 +60,7 @@ class CacheCall:
     cache_batch_idx: Tensor | None = None
     cache_leftpad: Tensor | None = None
     block_table: Tensor | None = None
+    shares_tables: bool = False
 
     @property
     def batch(self) -> int:
@@ -59,23 +77,35 @@ class CacheCall:
     @property
     def capacity(self) -> int:
         """Keys that a row has room for."""
-        return self.page_size * (1 if self.block_table is None else self.block_table.shape[1])
+        return self.page_size * self.columns
+
+    @property
+    def columns(self) -> int:
+        """Pages of a row, those that it may have."""
+        return 1 if self.block_table is None else self.block_table.shape[1]
 
     @functools.cached_property
     def table(self) -> Tensor:
         """int32 (B, pages of a row)."""
         if self.block_table is not None:
             return self.block_table
-        if self.cache_batch_idx is not None:
-            return self.cache_batch_idx[:, None]
-        return torch.arange(self.batch, dtype=torch.int32, device=self.q.device)[:, None]
+        if (rows := self.cache_batch_idx) is not None:
+            return self._kept("rows of the cache", (rows,), None, lambda: rows[:, None])
+        count, device = self.batch, self.q.device
+        return self._kept(
+            "rows in order", (), count, lambda: torch.arange(count, dtype=torch.int32, device=device)[:, None]
+        )
 
     @functools.cached_property
     def before(self) -> Tensor:
         """int32 (B,): keys of each row, with what its leftpad leaves out, before new ones."""
         if self.cache_seqlens is not None:
             return self.cache_seqlens
-        return torch.full((self.batch,), self.capacity, dtype=torch.int32, device=self.q.device)
+        count, device = self.capacity, self.q.device
+        size = (self.batch,)
+        return self._kept(
+            "capacity", (), (size, count), lambda: torch.full(size, count, dtype=torch.int32, device=device)
+        )
 
     # What the host reads: on a CPU, where it costs nothing; elsewhere it waits for the device.
 
@@ -113,10 +143,15 @@ class CacheCall:
 
     def slots(self) -> tuple[Tensor, Tensor]:
         """Page and row of every new key, int64 (B, Sn)."""
-        place = self.before[:, None] + torch.arange(self.seqlen_new, device=self.q.device)
-        if self.table.shape[1] == 1:
-            return self.table.long().expand(-1, self.seqlen_new), place
-        return self.table.gather(1, place // self.page_size).long(), place % self.page_size
+
+        def make() -> Tensor:
+            place = self.before[:, None] + torch.arange(self.seqlen_new, device=self.q.device)
+            if self.columns == 1:
+                return torch.stack([self.table.long().expand(-1, self.seqlen_new), place])
+            return torch.stack([self.table.gather(1, place // self.page_size).long(), place % self.page_size])
+
+        page, row = self._kept("slots", (self.before, self.table), (self.seqlen_new, self.page_size), make).unbind(0)
+        return page, row
 
     def append(self) -> None:
         """Write k and v behind what the cache has."""
@@ -139,35 +174,53 @@ class CacheCall:
             while done < self.seqlen_new:
                 column, first = divmod(place, self.page_size)
                 count = min(self.page_size - first, self.seqlen_new - done)
-                page = int(self.table[row, column]) if self.table.shape[1] > 1 else self.host_first_page[row]
+                page = int(self.table[row, column]) if self.columns > 1 else self.host_first_page[row]
                 yield row, slice(done, done + count), page, slice(first, first + count)
                 done, place = done + count, place + count
 
     # Problems
 
-    def problem(self, options: Options) -> Problem:
+    def problem(self, options: Options, num_splits: int = 0) -> Problem:
         """Attention of all rows, on the cache as it is after `append`."""
         if self.q.device.type != "cpu":
-            return self.unread_problem(options)
+            return self.unread_problem(options, num_splits)
         if (alike := self._as_dense(options)) is not None:
             return alike
         lengths = self.host_lengths
         cu_seqlens_k = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
         return self._in_pages(cu_seqlens_k, max(lengths, default=0), options)
 
-    def unread_problem(self, options: Options) -> Problem:
+    def unread_problem(self, options: Options, num_splits: int = 0) -> Problem:
         """The same, of which the host reads nothing."""
-        lengths = self.before + self.seqlen_new
-        if self.cache_leftpad is not None:
-            lengths = lengths - self.cache_leftpad
-        sums = lengths.cumsum(0, dtype=torch.int32)
-        return self._in_pages(torch.cat([sums.new_zeros(1), sums]), self.capacity, options)
+        leftpad = () if self.cache_leftpad is None else (self.cache_leftpad,)
 
-    def _in_pages(self, cu_seqlens_k: Tensor, max_seqlen_k: int, options: Options) -> Problem:
+        def make() -> Tensor:
+            lengths = self.before + self.seqlen_new
+            sums = (lengths - leftpad[0] if leftpad else lengths).cumsum(0, dtype=torch.int32)
+            return torch.cat([sums.new_zeros(1), sums])
+
+        cu_seqlens_k = self._kept("sums of lengths", (self.before, *leftpad), self.seqlen_new, make)
+        return self._in_pages(cu_seqlens_k, self.capacity, options, num_splits)
+
+    def _in_pages(self, cu_seqlens_k: Tensor, max_seqlen_k: int, options: Options, num_splits: int = 0) -> Problem:
         batch, seqlen_q = self.q.shape[:2]
-        cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=self.q.device) * seqlen_q
-        cached = Cached(cu_seqlens_q, cu_seqlens_k, seqlen_q, max_seqlen_k, self.table, self.cache_leftpad)
+
+        def make() -> Tensor:
+            return torch.arange(batch + 1, dtype=torch.int32, device=self.q.device) * seqlen_q
+
+        cu_seqlens_q = self._kept("sums of queries", (), (batch, seqlen_q), make)
+        lengths = cu_seqlens_q, cu_seqlens_k, seqlen_q, max_seqlen_k
+        cached = Cached(*lengths, self.table, self.cache_leftpad, num_splits)
         return Problem.of(self.q.flatten(0, 1), self.k_cache, self.v_cache, cached, *options)
+
+    def _kept(self, what: str, of: tuple[Tensor, ...], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """A small tensor made `of` others, or of the numbers in the key: off the CPU it is a launch or more, and all
+        layers of a model ask for the same."""
+        device = self.q.device
+        if not is_kept(device) or (of and not self.shares_tables) or (stream := stream_of(device)) is None:
+            return make()
+        whole = what, key, device, stream
+        return _of_tensors.get(of, whole, make) if of else _of_numbers.get(whole, make)
 
     @functools.cached_property
     def host_lengths(self) -> list[int]:
@@ -177,7 +230,7 @@ class CacheCall:
     def _as_dense(self, options: Options) -> Problem | None:
         """As an ordinary dense problem, which more engines serve: rows of one length, that lie at even distances."""
         batch = self.batch
-        if not batch or self.table.shape[1] != 1:
+        if not batch or self.columns != 1:
             return None
         (length, *lengths), (pad, *pads), (page, *pages) = self.host_lengths, self.host_leftpad, self.host_first_page
         if not length:  # its page may be any number

@@ -4,12 +4,16 @@
 
 out is (B, Sq, H, Dv), lse a natural logarithm (B, H, Sq) in fp32 (fp64 for fp64 inputs). Forward only.
 
+shares_tables: what a GPU makes of cache_seqlens and tables is kept for calls with the same tensors, as long as these
+live and PyTorch knows of no write to them. Compiled code writes to its buffers without a word: there, never.
+
 On a CPU everything that can be wrong is found before anything is written. Elsewhere the host waits for no value, but
 with COMPILED_FA_CHECK=1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +29,7 @@ SCHEMA = (
     "Tensor? rotary_sin=None, Tensor? cache_seqlens=None, Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, "
     "Tensor? block_table=None, float? softmax_scale=None, bool causal=False, SymInt window_left=-1, "
     "SymInt window_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, bool rotary_interleaved=True, "
-    "SymInt num_splits=0, str engine='auto') -> (Tensor out, Tensor lse)"
+    "SymInt num_splits=0, str engine='auto', bool shares_tables=False) -> (Tensor out, Tensor lse)"
 )
 TENSORS, SCORES = 11, 6  # how many of these are CacheCall's, and how many of the next are Options'
 
@@ -36,12 +40,14 @@ class _How(NamedTuple):
     rotary_interleaved: bool = True
     num_splits: int = 0
     engine: str = "auto"
+    shares_tables: bool = False
 
 
 def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, _How]:
     """What can be told without reading a tensor."""
-    call, options = CacheCall(*arguments[:TENSORS]), Options(*arguments[TENSORS : TENSORS + SCORES])
-    how = _How(*arguments[TENSORS + SCORES :])
+    options, how = Options(*arguments[TENSORS : TENSORS + SCORES]), _How(*arguments[TENSORS + SCORES :])
+    make: Callable[..., CacheCall] = CacheCall
+    call = make(*arguments[:TENSORS], shares_tables=how.shares_tables)
     cache_validation.kvcache(call, options, how.num_splits)
     return call, options, how
 
@@ -52,7 +58,7 @@ def _problems(call: CacheCall, options: Options, num_splits: int) -> list[Proble
     (On a GPU the kernels do not: a tile belongs to one row, and takes that row's keys in their order.)
     """
     if num_splits != 1 or call.batch < 2 or call.q.device.type != "cpu":
-        return [call.problem(options)]
+        return [call.problem(options, num_splits)]
     problems, slopes = [], options.alibi_slopes
     for n in range(call.batch):
         own = options if slopes is None or slopes.dim() == 1 else options._replace(alibi_slopes=slopes[n : n + 1])

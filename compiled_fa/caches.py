@@ -3,7 +3,7 @@
     compiled code                         by what is fixed in it
     checked calls, routes                 of dense calls, by all that is not in their tensors
     plans, tables, numbers on devices     tensors that calls of one shape share
-    packed tables                         tensors that calls with the same cu_seqlens share
+    packed tables, of cache lengths       tensors that calls with the same cu_seqlens or cache_seqlens share
     groupings                             which packed sequences run side by side
     scratch                               a thread's tiles
 
@@ -218,6 +218,16 @@ class TensorCache(Generic[Value]):
     def contents(self) -> str:
         held, most = _megabytes(self.nbytes), _megabytes(self._most_bytes)
         return f"{self.name} {len(self)} of {self._most_entries}, {held} of {most}"
+
+
+def stream_of(device: torch.device) -> int | None:
+    """The current stream, to be part of the key of tensors that are kept: what was made on another one may not be there
+    yet. None: a CUDA graph captures it, which owns what it makes, and makes it again when it is replayed."""
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 class _Buffers(dict[tuple[str, torch.dtype], Tensor]):

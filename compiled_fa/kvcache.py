@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from . import arguments, cache_ops, engines, forward_mode, validation
+from . import arguments, cache_call, cache_ops, engines, forward_mode, validation
 from .interface import Result
 
 
@@ -42,8 +42,7 @@ def flash_attn_with_kvcache(
 
     Row b of the batch has the keys cache_leftpad[b] to cache_seqlens[b] of its row of the cache, or of its pages, and
     the Sn new ones, which are written behind these. Causal and window are aligned to the bottom right, as in
-    flash_attn_func: the last query stands at the last key. On a CPU time grows with the keys that there are, not with
-    the cache.
+    flash_attn_func: the last query stands at the last key. Time grows with the keys that there are, not with the cache.
 
     Forward only: the result has no gradient.
 
@@ -70,8 +69,8 @@ def flash_attn_with_kvcache(
         softcap: c > 0: scores become c · tanh(score / c). 0 or None: off.
         rotary_interleaved: pair elements 0 and 1, 2 and 3, ... (GPT-J); else element j with j + R / 2 (GPT-NeoX).
         alibi_slopes: fp32 (H,) or (B, H): scores lose slope · |position - key|.
-        num_splits: 1: on a CPU the bits of a row's result do not depend on the rows beside it. Else engines split keys
-            as they find best.
+        num_splits: 1: the bits of a row's result do not depend on the rows beside it. Else into how many parts a GPU
+            splits each row's keys, if there are so many; 0: as engines find best.
         return_softmax_lse: return lse, too.
 
     Returns:
@@ -104,12 +103,13 @@ def flash_attn_with_kvcache(
     arguments.check_tensors(**{argument: given for argument, given in optional.items() if given is not None})
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         seqlen = cast(int, validation.length("cache_seqlens", cache_seqlens))  # or a symbol of one
-        cache_seqlens = torch.full(q.shape[:1], seqlen, dtype=torch.int32, device=q.device)
+        cache_seqlens = cache_call.equal_lengths(seqlen, q.shape[0], q.device)
     options = arguments.options(None, softmax_scale, causal, window_size, softcap, alibi_slopes)
     scores = options[: cache_ops.SCORES]  # there is no dropout
     returns_lse = validation.flag("return_softmax_lse", return_softmax_lse)
     interleaved = validation.flag("rotary_interleaved", rotary_interleaved)
-    how = interleaved, validation.length("num_splits", num_splits), engines.requested()
+    shares_tables = not torch.compiler.is_compiling()
+    how = interleaved, validation.length("num_splits", num_splits), engines.requested(), shares_tables
     forward_mode.refuse_tangents("flash_attn_with_kvcache", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     q, k, v = _autocast(q, k_cache), _autocast(k, k_cache), _autocast(v, k_cache)
     tables = rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table

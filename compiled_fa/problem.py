@@ -89,6 +89,11 @@ class Packed:
         return None
 
     @property
+    def asked_splits(self) -> int:
+        """Into how many parts each sequence's keys shall be split, where engines split them; 0: as they find best."""
+        return 0
+
+    @property
     def one_page_each(self) -> bool:
         """Do keys lie in pages, and each sequence's in one: in one piece?"""
         return self.block_table is not None and self.block_table.shape[1] == 1
@@ -108,13 +113,19 @@ class Cached(Packed):
 
     leftpad: int32 (batch,), the first key of each row, before which its pages hold nothing; None: 0. The keys that
     cu_seqlens_k counts, and the score program, begin with it.
+    num_splits: of each row's keys, where engines split them; 0: as they find best.
     """
 
     leftpad: Tensor | None = None
+    num_splits: int = 0
 
     @property
     def first_keys(self) -> Tensor | None:
         return self.leftpad
+
+    @property
+    def asked_splits(self) -> int:
+        return self.num_splits
 
 
 @dataclass(frozen=True)

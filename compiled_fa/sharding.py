@@ -60,7 +60,9 @@ def _dims(name: str, packed: bool, given: dict[str, Any]) -> Dims:
         return {"heads": 0} if len(given[name].shape) == 1 else {"batch": 0, "heads": 1}
     if name in ("bias", "dbias"):
         sizes = given["bias"].shape
-        return {dim: at for at, (dim, size) in enumerate(zip(SCORES[-len(sizes) :], sizes, strict=True)) if size != 1}
+        return {
+            dim: at for at, (dim, size) in enumerate(zip(SCORES[4 - len(sizes) :], sizes, strict=True)) if size != 1
+        }
     if name in LSES:
         return {"heads": 0} if packed else {"batch": 0, "heads": 1, "queries": 2}
     if name in QUERIES:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from compiled_fa_turing import dots, ir_text, pipeline, triton_private
+from compiled_fa_turing import dots, ir_text, pipeline, transposed, triton_private
 from compiled_fa_turing.ir_text import UnexpectedIRError
 from compiled_fa_turing.target import CAPABILITY, SHARED_MEMORY
 
@@ -68,7 +68,12 @@ def _lower(
     lowered = ir_text.parse(str(ampere))
     pipeline.without_async_copies(lowered)
     _mark_as_turing(lowered)
-    return str(lowered)
+    early, late = ir_text.parse(str(lowered)), ir_text.parse(str(lowered))
+    if not transposed.from_shared_memory(early, late=False):
+        return str(lowered)
+    transposed.from_shared_memory(late, late=True)
+    needs = [triton_private.shared_bytes(str(text), context, options, CAPABILITY) for text in (early, late)]
+    return str(early if needs[0] < needs[1] else late)
 
 
 def _mark_as_turing(module: ir_text.Module) -> None:

@@ -140,6 +140,7 @@ def a_bias_is_sharded_by_what_it_has() -> None:
         ((4, 1, 9), (Replicate(), Shard(0)), (Partial(), Shard(0))),
         ((2, 1, 6, 1), whole, (Shard(0), Partial())),
         ((9,), WHOLE, (Partial(), Partial())),
+        ((), WHOLE, (Partial(), Partial())),
     ):
         bias = torch.randn(shape, dtype=torch.float64)
         *_, dbias = agree(attention, [*inputs, bias], [where, where, where, how])

@@ -6,6 +6,7 @@ the right thing: a missing tile, a full tile that is not, or a wrong gradient fu
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 
 from compiled_fa.engines.fused import flex, kernels
 from compiled_fa.engines.fused.blocks import BLOCK
+from compiled_fa.engines.fused.list_order import LIST_ORDER
+from compiled_fa.engines.fused.paged import PagedSpec
 
 LN2 = math.log(2.0)
 
@@ -57,6 +60,8 @@ class Tile:
 def flex_attention(q, k, v, score_mod, block_mask, scale, options, buffers, mask_buffers):
     """-> out, and lse in base 2."""
     assert scale == 1.0
+    if options.get(LIST_ORDER):
+        return in_list_order(q, k, v, score_mod, block_mask, options, buffers, mask_buffers)
     table, mask_mod = block_mask[2:6], block_mask[-1]
     heads_per_key = q.shape[1] // k.shape[1]
     out = torch.full((*q.shape[:3], v.shape[-1]), math.nan)
@@ -78,6 +83,38 @@ def flex_attention(q, k, v, score_mod, block_mask, scale, options, buffers, mask
             lse[batch, :, rows] = score.logsumexp(-1) if score.shape[-1] else -math.inf
             shift = lse[batch, :, rows, None].nan_to_num(neginf=0.0)
             out[batch, :, rows] = torch.exp(score - shift) @ torch.cat(found, 1)
+    return out.to(q.dtype), lse / LN2, None
+
+
+def in_list_order(q, k, v, score_mod, block_mask, options, buffers, mask_buffers):
+    """The template as list_order.py has it: keys are numbered along the list, and what no row weighs counts as 0."""
+    counts, indices = block_mask[2:4]
+    assert block_mask[4:6] == (None, None)
+    rows_of_block, keys_of_block, mask_mod = block_mask[-3:]
+    assert (options["BLOCK_M"], options["BLOCK_N"]) == (rows_of_block, keys_of_block)
+    assert q.shape[1] == k.shape[1]
+    assert q.shape[2] % rows_of_block == 0
+    assert not options["IS_DIVISIBLE"] or k.shape[2] % keys_of_block == 0
+    out = torch.full((*q.shape[:3], v.shape[-1]), math.nan)
+    lse = torch.full(q.shape[:3], math.nan)
+    for batch, block in itertools.product(range(q.shape[0]), range(q.shape[2] // rows_of_block)):
+        rows = slice(block * rows_of_block, (block + 1) * rows_of_block)
+        queries, count = q[batch, :, rows].float(), int(counts[batch, 0, block])
+        assert count <= -(-k.shape[2] // keys_of_block)
+        tile = Tile(batch, q.shape[1], mask_mod, mask_buffers)
+        scores, found = [queries.new_zeros(q.shape[1], rows_of_block, 0)], [torch.zeros(q.shape[1], 0, v.shape[-1])]
+        for number, index in enumerate(indices[batch, 0, block, :count].tolist()):
+            place = slice(index * keys_of_block, min((index + 1) * keys_of_block, k.shape[2]))
+            first = (int(indices[batch, 0, block, 0]) + number) * keys_of_block
+            at = tile.at(rows, slice(first, first + place.stop - place.start))
+            score = score_mod(queries @ k[0, :, place].float().mT, *at, *buffers)
+            scores.append(tile.masked(score, at, False, -math.inf))
+            found.append(v[0, :, place].float())
+        score = torch.cat(scores, -1)
+        lse[batch, :, rows] = score.logsumexp(-1) if count else -math.inf
+        probability = torch.exp(score - lse[batch, :, rows, None].nan_to_num(neginf=0.0))
+        values = torch.cat(found, 1)
+        out[batch, :, rows] = probability @ values.where((probability > 0.0).any(1).unsqueeze(-1), 0.0)
     return out.to(q.dtype), lse / LN2, None
 
 
@@ -131,6 +168,10 @@ class Operators:
 
 def check_strides(spec, given):
     """As compiled code relies on them: all but those of dimensions of size 1."""
+    if isinstance(spec, PagedSpec):
+        for name, strides in zip("qkv", spec.strides, strict=True):
+            assert given[name].stride() == (*strides, 1)
+        return
     names = [name for name in spec.names if name in ("q", "k", "v", "dout", "out")]
     for name, (row, head) in zip(names, spec.strides, strict=True):
         x = given[name]
@@ -150,6 +191,6 @@ def in_place_of_the_kernel() -> Iterator[list[Any]]:
         return run(spec, given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "_operators", Operators)
+        patch.setattr(flex, "operators", Operators)
         patch.setattr(kernels, "run", seen)
         yield calls

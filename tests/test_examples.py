@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # The function that each example is about.
 FUNCTIONS = {
-    "deepspeed_zero": "flash_attn_func",
-    "gpt2_trainer": "flash_attn_varlen_func",
-    "megatron_gpt": "flash_attn_func",
+    "deepspeed_zero": "dense_attention",
+    "gpt2_trainer": "varlen_attention",
+    "megatron_gpt": "attention",
     "kernel_from_a_folder": "flash_attn_func",
     "leaving_xformers": "flash_attn_varlen_func",
     "packed_batch": "flash_attn_varlen_qkvpacked_func",
@@ -27,7 +27,7 @@ FUNCTIONS = {
     "ring_attention": "attention",
     "sdpa_block": "attention",
     "train_compiled": "flash_attn_func",
-    "transformers_padded": "flash_attn_varlen_func",
+    "transformers_padded": "varlen_attention",
 }
 # What an example needs that is not installed with this package.
 NEEDS = {

@@ -492,10 +492,12 @@ def test_tensors_made_on_the_way_are_not_too_large_either(monkeypatch):
     assert not is_too_large("backward", rows, keys, packing=Packed(sums, sums.clone(), 128, 5000))
 
     table = torch.empty(batch, 64, dtype=torch.int32, device="meta")
-    assert is_too_large("forward", rows, (16, 256, 8, 128), packing=Packed(sums, sums.clone(), 1, 5000, table))
-    assert not is_too_large(
-        "forward", rows, (16, 256, 8, 128), packing=Packed(sums, sums.clone(), 1, 5000, table[:, :1])
-    )
+    gathered, in_place = (17, 250, 8, 128), (16, 256, 8, 128)  # pages of 250 are gathered
+    assert is_too_large("forward", rows, gathered, packing=Packed(sums, sums.clone(), 1, 5000, table))
+    assert not is_too_large("forward", rows, gathered, packing=Packed(sums, sums.clone(), 1, 5000, table[:, :1]))
+    assert not is_too_large("forward", rows, in_place, packing=Packed(sums, sums.clone(), 1, 5000, table))
+    many = (1 << 21, 32, 128)  # and rows that are few in each block
+    assert is_too_large("forward", many, in_place, packing=Packed(sums, sums.clone(), 1, 5000, table))
 
 
 def test_serving_by_second_choice_is_said_once(monkeypatch, caplog):

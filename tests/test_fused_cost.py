@@ -1,13 +1,16 @@
 """What a call of the fused engine costs besides its kernels: PyTorch ops around compiled code, and launches in it."""
 
 import collections
+import dataclasses
 from typing import Any
 
+import kv
 import pytest
 import torch
 from support import Case, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compiled_fa import cache_call
 from compiled_fa.engines import fused
 from compiled_fa.engines.fused import kernels
 from compiled_fa.engines.fused.kernels import Spec
@@ -74,6 +77,33 @@ def test_ops_around_compiled_code(kernels_for_nothing, lengths, features):
     views = {"view", "detach"} if "dropout_p" in features else set()
     for call in (lambda: fused.forward(problem), lambda: fused.backward(problem, dout, out, lse, lse)):
         assert ops_of(call).keys() <= views
+
+
+PAGED: dict[str, dict[str, Any]] = {
+    "pages": {"page_size": 16},
+    "pages, leftpad": {"page_size": 16, "leftpad": (30, 1)},
+    "dense": {},
+    "batch_idx": {"batch_idx": True},
+}
+
+
+@pytest.mark.parametrize("fields", PAGED.values(), ids=PAGED)
+def test_ops_of_another_layer_on_a_kv_cache(kernels_for_nothing, monkeypatch, fields):
+    """Once a step's tables are there: two appends, and views; nothing of the cache is gathered, no value is read."""
+    monkeypatch.setattr(cache_call, "is_kept", lambda device: True)
+    shape: dict[str, Any] = {"head_dim": 64, "head_dim_v": 64, "dtype": torch.float16}
+    made = kv.make(kv.Call((70, 9), 1, 1, **fields, **shape))
+
+    def layer():
+        call = dataclasses.replace(made.cache_call(), shares_tables=True)
+        slots = call.slots()
+        for name in ("k", "v"):
+            made.arguments[f"{name}_cache"].index_put_(slots, made.arguments[name])
+        return fused.forward(call.unread_problem(made.options))
+
+    ops = ops_of(layer)
+    assert ops.pop("index_put_") == 2
+    assert ops.keys() <= {"unbind", "view", "as_strided"}, ops
 
 
 # ----------------------------------------------------------------------------------------------------------- launches

@@ -10,7 +10,7 @@ from support import cumulative
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from compiled_fa import flash_attn_func, flash_attn_varlen_func
+from compiled_fa import attention, flash_attn_func, flash_attn_varlen_func
 from compiled_fa.engines import fused
 from compiled_fa.inductor import lowering
 
@@ -100,6 +100,28 @@ def test_other_lengths_have_the_same_graph(as_on_a_gpu, dense):
         for mine, other in zip(gradients(attend, *tensors, *packing), expected, strict=True):
             assert torch.allclose(mine, other, rtol=1e-4, atol=1e-4)
     assert len(graphs) == 2  # forward and backward
+
+
+def test_a_bias_made_in_the_graph_is_read_by_the_template(as_on_a_gpu):
+    """Of all sequences and a part of the heads' dimension; one graph over lengths."""
+    compiled, graphs = as_on_a_gpu
+    table = torch.randn(3, 200)
+
+    def attend(q, k, v, seen):
+        place = torch.arange(q.shape[1])
+        distances = table[:, place - place[:, None] + 100]  # (H, Sq, Sk), before the mask (B, 1, 1, Sk)
+        return attention(q, k, v, distances, causal=True) + attention(q, k, v, seen[:, None, None])
+
+    run = compiled(attend, dynamic=True)
+    for seqlen, batch in ((70, 2), (45, 4), (90, 5)):
+        tensors = [torch.randn(batch, seqlen, 3, 16, requires_grad=True) for _ in range(3)]
+        seen = torch.rand(batch, seqlen) < 0.8
+        expected = gradients(attend, *tensors, seen)
+        for mine, other in zip(gradients(run, *tensors, seen), expected, strict=True):
+            assert torch.allclose(mine, other, rtol=1e-4, atol=1e-4)
+    forward, backward = graphs
+    assert forward["flex_attention"] == backward["flex_attention_backward"] == 2
+    assert not any("compiled_fa" in name for graph in graphs for name in graph)
 
 
 # ------------------------------------------------------------------------------------------------------- on a faked T4

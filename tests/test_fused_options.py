@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import largest_head_dim, options_for
+from compiled_fa.engines.fused.options import largest_head_dim, options_for, options_for_pages
 from compiled_fa.engines.nvidia import KB, LEAST_KB, capability_of
 from compiled_fa.problem import Direction
 from compiled_fa.tuning import FlexOptions
@@ -91,3 +91,26 @@ def test_wide_dtypes_have_their_own_tiles():
     for direction, head_dim in itertools.product(directions, (16, 64, 128)):
         for dtype in (torch.bfloat16, torch.float32):
             assert options_for(direction, head_dim, dtype, PLAIN, (7, 5)) in FUSED.wide.values()
+
+
+@pytest.mark.parametrize(("kind", "head_dim"), FUSED.few_rows, ids=str)
+def test_tiles_of_few_rows_fit(kind, head_dim):
+    options, itemsize = FUSED.few_rows[kind, head_dim], {"Turing, fp16": 2, "16 bits": 2}.get(kind, 4)
+    most = 64 if kind.startswith("Turing") else LEAST_KB
+    assert least_shared_memory((most, itemsize, "forward", head_dim), options) < most * 1024
+    assert dict(options)["BLOCK_M"] == 16
+    assert dict(options)["BLOCK_N"] in (16, 32, 64)
+
+
+def test_options_of_keys_in_pages():
+    """Few rows have their own; more have forward's."""
+    for capability, kind in (((7, 5), "Turing, fp16"), ((0, 0), "Turing, fp16"), ((8, 6), "16 bits")):
+        few = options_for_pages(100, torch.float16, 16, False, capability)
+        assert few == FUSED.few_rows[kind, 128]
+        many = options_for_pages(100, torch.float16, 17, False, capability)
+        forward = options_for("forward", 100, torch.float16, Features(layout="packed"), max(capability, (7, 5)))
+        assert many == forward
+    assert options_for_pages(64, torch.float32, 4, False, (8, 0)) == FUSED.few_rows["32 bits", 64]
+    assert options_for_pages(64, torch.bfloat16, 4, False, (7, 5)) == FUSED.few_rows["Turing", 64]
+    softcapped = options_for_pages(64, torch.float16, 90, True, (7, 5))
+    assert softcapped == FUSED.fp16["forward", 64, "many"]

@@ -54,7 +54,7 @@ TURING = ROOT.parent / "compiled_fa_turing"
 TURING_LAYERS = [
     {"config", "late", "target"},
     {"inductor", "ir_text", "triton_private"},
-    {"dots"},
+    {"dots", "transposed"},
     {"pipeline"},
     {"stage"},
     {"hook"},

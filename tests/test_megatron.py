@@ -100,18 +100,36 @@ def test_packed_sequences():
     torch.testing.assert_close(out, torch.cat(rows))
 
 
+def test_a_bias_and_a_sink():
+    q, k, v = inputs()
+    bias = torch.randn(1, 4, 5, 7)
+    keys, values = (x.repeat_interleave(2, 2) for x in (k, v))
+    scores = torch.einsum("qbhd,kbhd->bhqk", q, keys) * 8**-0.5
+    probs = (scores + bias).softmax(-1)
+    found = attention("no_mask")(q, k, v, attention_bias=bias)
+    torch.testing.assert_close(found, torch.einsum("bhqk,kbhd->qbhd", probs, values).flatten(2))
+    scores = torch.cat([scores, torch.zeros(2, 4, 5, 1)], -1).softmax(-1)[..., :-1]
+    off_by_one = attention("no_mask", softmax_type="off-by-one")
+    exact = torch.einsum("bhqk,kbhd->qbhd", scores, values)
+    torch.testing.assert_close(off_by_one(q, k, v), exact.flatten(2))
+    lengths = torch.tensor([0, 5]), torch.tensor([0, 7])
+    starts = {"cu_seqlens_q": lengths[0].int(), "cu_seqlens_kv": lengths[1].int(), "cu_seqlens_kv_padded": None}
+    row = off_by_one(q[:, 0], k[:, 0], v[:, 0], packed_seq_params=packed(**starts, max_seqlen_q=5, max_seqlen_kv=7))
+    torch.testing.assert_close(row, exact[:, 0].flatten(1))
+
+
 def test_what_is_refused():
     q, k, v = inputs()
     mask = torch.zeros(2, 1, 5, 7, dtype=torch.bool)
     with pytest.raises(ValueError, match="attention_mask must be None where attn_mask_type is not causal"):
         attention("padding")(q, k, v, mask)
-    with pytest.raises(ValueError, match=r"attention_bias must be None, got shape \(2, 1, 5, 7\)"):
-        attention()(q, k, v, attention_bias=mask)
+    with pytest.raises(ValueError, match="attention_bias must be None with packed_seq_params"):
+        attention()(q[:, 0], k[:, 0], v[:, 0], attention_bias=mask, packed_seq_params=packed())
     with pytest.raises(ValueError, match="attn_mask_type must be one of causal, padding_causal, no_mask, padding, got"):
         attention("arbitrary")
     with pytest.raises(ValueError, match="context_parallel_size must be 1, got 2"):
         attention(context_parallel_size=2)
-    with pytest.raises(ValueError, match="softmax_type must be 'vanilla', without sinks, got 'learnable'"):
+    with pytest.raises(ValueError, match="softmax_type must be 'vanilla' or 'off-by-one', got 'learnable'"):
         attention(softmax_type="learnable")
     with pytest.raises(ValueError, match="qkv_format must be 'thd', got 'sbhd'"):
         attention()(q, k, v, packed_seq_params=packed(qkv_format="sbhd"))

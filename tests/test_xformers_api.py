@@ -128,6 +128,31 @@ def test_dense_masks(name, m, n):
         assert torch.equal(bias[1, 1], torch.zeros(m, n).masked_fill(~visible, -math.inf))
 
 
+@pytest.mark.parametrize(("m", "n"), [(7, 7), (4, 9), (9, 4)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_triangle_with_a_tensor_of_biases(shared, m, n):
+    """Also of keys that no query sees, whose bias has a gradient of 0."""
+    visible = written_out(m, n, causal_top_left)
+
+    def biased(query, key, value, bias):
+        return memory_efficient_attention(query, key, value, xf.LowerTriangularMask().add_bias(bias))
+
+    def naive(query, key, value, bias):
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        scores = q @ k.mT * query.shape[-1] ** -0.5 + bias
+        return (scores.masked_fill(~visible, -math.inf).softmax(-1) @ v).transpose(1, 2)
+
+    inputs = torch.randn(2, m, 2, 8), torch.randn(2, n, 2, 8), torch.randn(2, n, 2, 6)
+    bias = torch.randn(1 if shared else 2, 2, m, 1 if shared else n)
+    check(biased, naive, [*inputs, bias])
+    mask = xf.LowerTriangularMaskWithTensorBias(bias).to("cpu")
+    written = torch.zeros(m, n).masked_fill(~visible, -math.inf) + bias[0, 1]
+    assert torch.equal(mask.materialize((2, 2, m, n))[0, 1], written)
+    wrong: Any = [0.0]
+    with pytest.raises(TypeError, match=r"^bias must be a tensor, got list"):
+        xf.LowerTriangularMask().add_bias(wrong)
+
+
 Q, K = [3, 5, 0, 4, 6, 1], [3, 2, 4, 9, 1, 0]  # alike, fewer keys by 3, 5 and 1, more keys, no queries, no keys
 PADDING = 11
 STARTS = [2, 5, 8, 12, 23, 24, 30]

@@ -66,7 +66,7 @@ def blocks(rank: int, source: int, length: int, causal: bool, balanced: bool) ->
 
 
 def positions(seqlen: int, group: Group = None, *, balanced: bool = True) -> Tensor:
-    """Where this rank's rows stand in a sequence of seqlen rows: int64 (seqlen / ranks,), for rotary embedding.
+    """Where this rank's rows stand in a sequence of seqlen rows: int64 (seqlen / ranks,) on the CPU, for rotary.
 
     Raises: ValueError, if seqlen is not a multiple of the ranks, or of twice as many where balanced.
     """

@@ -33,6 +33,18 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def processors(device: torch.device) -> int:
+    """SMs; of what is no CUDA device, as many as a T4 has."""
+    if device.type != "cuda":
+        return 40
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def unsupported_reason(device: torch.device) -> str | None:
     """Why no Triton kernel of ours runs on a device; None: they do."""
     if device.type != "cuda":

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interface import flash_attn_func, flash_attn_varlen_func
+from ..with_bias import attention, varlen_attention
 
 MASKS = {"causal": True, "padding_causal": True, "no_mask": False, "padding": False}
 
@@ -32,8 +32,9 @@ class CoreAttention(torch.nn.Module):
     """softmax(q kᵀ) v of the heads of a rank.
 
     Args:
-        config: Megatron's TransformerConfig. attention_dropout, window_size, window_attn_skip_freq and softmax_scale
-            hold; apply_query_key_layer_scaling, which scales scores down and up again, changes nothing.
+        config: Megatron's TransformerConfig. attention_dropout, window_size, window_attn_skip_freq, softmax_scale and
+            softmax_type (vanilla; off-by-one, a sink of 0) hold; apply_query_key_layer_scaling, which scales scores
+            down and up again, changes nothing.
         layer_number: the layer's, from 1 on.
         attn_mask_type: AttnMaskType; causal or padding_causal: from the bottom right, as flash_attn's.
         attention_type: "self" or "cross"; nothing depends on it.
@@ -41,7 +42,7 @@ class CoreAttention(torch.nn.Module):
         cp_comm_type, pg_collection: accepted: heads are computed apart.
 
     Raises:
-        ValueError: context_parallel_size is not 1; softmax_type is not vanilla; the mask is an arbitrary one.
+        ValueError: context_parallel_size is not 1; softmax_type is learnable; the mask is an arbitrary one.
 
     Source: megatron.core.transformer.dot_product_attention.DotProductAttention.
     """
@@ -60,8 +61,10 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         if config.context_parallel_size != 1:
             raise ValueError(f"context_parallel_size must be 1, got {config.context_parallel_size}")
-        if getattr(config, "softmax_type", "vanilla") != "vanilla":
-            raise ValueError(f"softmax_type must be 'vanilla', without sinks, got {config.softmax_type!r}")
+        softmax_type = getattr(config, "softmax_type", "vanilla")
+        if softmax_type not in ("vanilla", "off-by-one"):  # learnable sinks would be a part of sharded checkpoints
+            raise ValueError(f"softmax_type must be 'vanilla' or 'off-by-one', got {softmax_type!r}")
+        self.off_by_one = softmax_type == "off-by-one"
         self.config = config
         self.causal = _causal(attn_mask_type)
         self.dropout_p: float = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -83,25 +86,31 @@ class CoreAttention(torch.nn.Module):
 
         attention_mask: with a causal attn_mask_type it is not read, as in TransformerEngine: causal is what it says.
         attn_mask_type: None: the constructor's.
+        attention_bias: what broadcasts to (b, np, sq, sk), added to the scaled scores; not of packed sequences.
 
         Raises:
-            ValueError: attention_bias; attention_mask where the mask is not causal; packed sequences that are padded
-                in between, or in another format than thd.
+            ValueError: attention_mask where the mask is not causal; packed sequences that are padded in between, in
+                another format than thd, or with a bias.
         """
-        if attention_bias is not None:
-            raise ValueError(f"attention_bias must be None, got shape {tuple(attention_bias.shape)}")
         causal = self.causal if attn_mask_type is None else _causal(attn_mask_type)
         if attention_mask is not None and not causal and packed_seq_params is None:
             raise ValueError("attention_mask must be None where attn_mask_type is not causal: pack sequences instead")
-        dropout_p = self.dropout_p if self.training else 0.0
-        options = dropout_p, self.softmax_scale, causal, self.window_size
+        options: dict[str, Any] = {
+            "sinks": query.new_zeros(query.shape[-2]) if self.off_by_one else None,
+            "dropout_p": self.dropout_p if self.training else 0.0,
+            "softmax_scale": self.softmax_scale,
+            "causal": causal,
+            "window_size": self.window_size,
+        }
         out: Tensor
         if packed_seq_params is None:
             q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-            out = flash_attn_func(q, k, v, *options)
+            out = attention(q, k, v, attention_bias, **options)
             return out.transpose(0, 1).flatten(2)
+        if attention_bias is not None:
+            raise ValueError("attention_bias must be None with packed_seq_params")
         packing = _packing(packed_seq_params)
-        out = flash_attn_varlen_func(query, key, value, *packing, *options)
+        out = varlen_attention(query, key, value, *packing, **options)
         return out.flatten(1)
 
 

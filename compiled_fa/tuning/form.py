@@ -178,12 +178,13 @@ class Tiled:
 class Fused:
     """Options of the fused engine's kernels. On Turing by (direction, head_dim, kind of features), and in dtypes that
     its tensor cores do not take by (direction, head_dim); on newer GPUs by (KB of shared memory, bytes of an element,
-    direction, head_dim)."""
+    direction, head_dim). few_rows: of few queries on keys in pages, by (GPU and dtype, head_dim)."""
 
     measured_on: str | None
     fp16: Mapping[tuple[str, int, str], FlexOptions]
     wide: Mapping[tuple[str, int], FlexOptions]
     newer: Mapping[tuple[int, int, str, int], FlexOptions]
+    few_rows: Mapping[tuple[str, int], FlexOptions]
 
 
 @dataclass(frozen=True)

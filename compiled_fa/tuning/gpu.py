@@ -112,6 +112,23 @@ _AMPERE: dict[tuple[int, int, str, int], FlexOptions] = {
     (227, 4, "backward", 256): _backward(32, 32, 32, 32, 8, 1),
 }
 
+# Few queries on keys in pages: as few rows as tl.dot takes; what counts is how many bytes an SM has asked memory for.
+# On Turing, behind each: registers, KB of shared memory, blocks an SM. None of those tried there spills: tiles of 16 to
+# 64 keys, 4 warps, 1 or 2 stages. Newer GPUs: the largest that fit in 99 KB.
+_FEW_ROWS: dict[tuple[str, int], FlexOptions] = {
+    ("Turing, fp16", 64): _forward(16, 64, 4, 2),  # 128, 20, 3
+    ("Turing, fp16", 128): _forward(16, 32, 4, 2),  # 128, 21, 3; with 64 keys 196, 38, 1
+    ("Turing, fp16", 256): _forward(16, 32, 4, 2),  # 196, 41, 1
+    ("Turing", 64): _forward(16, 32, 4, 1),
+    ("Turing", 128): _forward(16, 32, 4, 1),
+    ("16 bits", 128): _forward(16, 64, 4, 3),
+    ("16 bits", 256): _forward(16, 32, 4, 3),
+    ("16 bits", 512): _forward(16, 16, 4, 3),
+    ("32 bits", 64): _forward(16, 32, 4, 3),
+    ("32 bits", 128): _forward(16, 32, 4, 2),
+    ("32 bits", 256): _forward(16, 16, 4, 2),
+}
+
 # The triton engine's on Turing, by (kernel, head_dim, kind of terms). Of the tiles that `tools.own_kernels --search`
 # tries, and that neither spill nor take more than 64 KB, the first in its order (head_dim 64 with causal, dropout and
 # all; 128 and 256 with dropout alone, and up to 64 rows); or another of the first few where `tools.turing_cycles`
@@ -171,4 +188,4 @@ _OWN_NEWER = {
 
 OWN = OwnKernels(measured_on=None, fp16=_OWN_FP16, wide=_OWN_WIDE, newer=_OWN_NEWER)
 
-FUSED = Fused(measured_on=None, fp16=_TURING_FP16, wide=_TURING_WIDE, newer=_AMPERE)
+FUSED = Fused(measured_on=None, fp16=_TURING_FP16, wide=_TURING_WIDE, newer=_AMPERE, few_rows=_FEW_ROWS)

@@ -8,7 +8,12 @@ from torch import Tensor
 from .. import validation
 from ..interface import flash_attn_func, flash_attn_varlen_func
 from ..with_bias import attention
-from .attn_bias import AttentionBias, PagedBlockDiagonalPaddedKeysMask, _Blocks
+from .attn_bias import (
+    AttentionBias,
+    LowerTriangularMaskWithTensorBias,
+    PagedBlockDiagonalPaddedKeysMask,
+    _Blocks,
+)
 from .calls import Call
 
 DIMS = {
@@ -73,7 +78,7 @@ def memory_efficient_attention(
     elif isinstance(attn_bias, Tensor):
         out = attention(q, k, v, _by_heads(attn_bias, query.dim()), dropout_p=p, softmax_scale=scale)
     else:
-        out = _dense(q, k, v, attn_bias, p, scale)
+        out = _dense(q, k, v, attn_bias, p, scale, query.dim())
     return out.unflatten(2, query.shape[2:-1]) if query.dim() == 5 else out.reshape(*query.shape[:-1], -1)
 
 
@@ -111,13 +116,21 @@ def _is_one(x: Tensor, dim: int) -> bool:
     return x.shape[dim] == 1 or x.stride(dim) == 0
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: AttentionBias | None, p: float, scale: float | None) -> Tensor:
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionBias | None, p: float, scale: float | None, dims: int
+) -> Tensor:
+    """dims: of the query as it was given."""
+    out: Tensor
     if mask is None:
-        window_size = (-1, -1)
+        out = flash_attn_func(q, k, v, p, scale)
+        return out
+    _, keys, window_size = mask.band.at_bottom_right(q.shape[1], k.shape[1])
+    k, v = k[:, :keys], v[:, :keys]
+    if isinstance(mask, LowerTriangularMaskWithTensorBias):
+        bias = _by_heads(mask.bias, dims)[..., :keys]
+        out = attention(q, k, v, bias, dropout_p=p, softmax_scale=scale, window_size=window_size)
     else:
-        _, keys, window_size = mask.band.at_bottom_right(q.shape[1], k.shape[1])
-        k, v = k[:, :keys], v[:, :keys]
-    out: Tensor = flash_attn_func(q, k, v, p, scale, window_size=window_size)
+        out = flash_attn_func(q, k, v, p, scale, window_size=window_size)
     return out
 
 

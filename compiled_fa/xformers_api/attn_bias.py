@@ -43,6 +43,7 @@ __all__ = [
     "LowerTriangularFromBottomRightLocalAttentionMask",
     "LowerTriangularFromBottomRightMask",
     "LowerTriangularMask",
+    "LowerTriangularMaskWithTensorBias",
     "PagedBlockDiagonalCausalWithOffsetPaddedKeysMask",
     "PagedBlockDiagonalPaddedKeysMask",
 ]
@@ -86,6 +87,25 @@ class LowerTriangularMask(AttentionBias):
     @property
     def band(self) -> Band:
         return Band(right=0, top_left=True)
+
+    def add_bias(self, bias: Tensor) -> LowerTriangularMaskWithTensorBias:
+        """bias: as attn_bias, a tensor; added to the scores of the keys that are seen."""
+        return LowerTriangularMaskWithTensorBias(bias)
+
+
+class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
+    """LowerTriangularMask, and a tensor (B, H, M, N) that is added to the scores, or what broadcasts to it."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        validation.tensor_given("bias", bias)
+        self.bias = bias
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.bias.to(device))
+
+    def materialize(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Tensor:
+        return super().materialize(shape, dtype, device) + self.bias.to(device=device, dtype=dtype)
 
 
 class LowerTriangularFromBottomRightMask(AttentionBias):

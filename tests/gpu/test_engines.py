@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import Case, check_against_float64, cumulative, make, run_engine
+from support import Case, check_against_float64, cumulative, make, replace, run_engine
 from torch.utils.checkpoint import checkpoint
 
 from compiled_fa import flash_attn_func, flash_attn_varlen_func, use_engine
 from compiled_fa.engines import fused, tiled, triton
+from compiled_fa.testing import Bias
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -47,6 +48,26 @@ def test_agrees_with_float64(device, engine, options, lengths, dtype):
 def test_head_dims(device, engine, head_dim, head_dim_v):
     case = Case(((200, 200),), True, head_dim=head_dim, head_dim_v=head_dim_v, dtype=torch.float16, causal=True)
     check_against_float64(make(case), run_on(device, engine, make(case)))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 5.0, "dropout_p": 0.2}], ids=str)
+@pytest.mark.parametrize("bias", [Bias("hqk", torch.float16), Bias("bk", torch.bool), Bias(expanded=True)], ids=str)
+def test_a_bias_agrees_with_float64(device, bias, options):
+    """Its gradient by tiles, everything else by the fused engine, too."""
+    sizes: dict[str, Any] = {"heads_per_key": 2, "head_dim": 64, "head_dim_v": 64, "dtype": torch.float16}
+    data = make(Case(((130, 411),) * 2, True, bias=bias, **sizes, **options))
+    check_against_float64(data, run_on(device, tiled, data))
+    check_against_float64(data, run_on(device, WithoutBiasGradient, data))
+
+
+class WithoutBiasGradient:
+    """The fused engine, asked for what it serves."""
+
+    forward = staticmethod(fused.forward)
+
+    @staticmethod
+    def backward(problem, *arguments):
+        return fused.backward(replace(problem, bias_gradient=False), *arguments)
 
 
 def test_engines_drop_the_same(device):

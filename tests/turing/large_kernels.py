@@ -110,3 +110,16 @@ def paged_forward(
         top = new_top
     out += rows[:, None] * stride_q + d[None, :]
     tl.store(out, (sums / total[:, None]).to(tl.float16), mask=(rows < seqlen)[:, None])
+
+
+@triton.jit
+def twice(q, k, out, seqlen, D: tl.constexpr):
+    """(q k^T) k, as a backward pass has it: a tile of keys, and the same transposed."""
+    rows, d = tl.arange(0, 32), tl.arange(0, D)
+    queries = tl.load(q + rows[:, None] * D + d[None, :])
+    sums = tl.zeros((32, D), tl.float32)
+    for start in range(0, seqlen, 32):
+        turned = tl.load(k + (start + rows)[None, :] * D + d[:, None], mask=(start + rows)[None, :] < seqlen, other=0)
+        scores = tl.dot(queries, turned)
+        sums = tl.dot(scores.to(tl.float16), tl.trans(turned), sums)
+    tl.store(out + rows[:, None] * D + d[None, :], sums)

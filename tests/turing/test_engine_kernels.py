@@ -54,11 +54,10 @@ def test_a_block_fits_in_an_sm(kernels, kernel):
 @pytest.mark.parametrize(
     "kernel", [k for k in KERNELS if k.features == "causal"], ids=lambda k: f"{k.direction} {k.head_dim}"
 )
-def test_the_tensor_cores_bound_the_loops(kernels, kernel):
-    """Counting no multiply-add twice. At head_dim 128, larger backward tiles would spill, and these load more from
-    shared memory."""
-    share = 0.95 if kernel.direction == "forward" else 0.88 if kernel.head_dim < 128 else 0.82
-    assert kernels[kernel].figures.useful_share >= share
+def test_the_share_of_the_peak_that_the_loops_allow(kernels, kernel):
+    """Counting no multiply-add twice. But for forward at head_dim 64, shared memory bounds them."""
+    share = {("forward", 64): 0.95, ("forward", 128): 0.7, ("backward", 64): 0.58, ("backward", 128): 0.4}
+    assert kernels[kernel].figures.useful_share >= share[kernel.direction, kernel.head_dim]
 
 
 @pytest.mark.parametrize(

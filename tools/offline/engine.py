@@ -7,8 +7,8 @@ from unittest import mock
 
 from triton.backends.compiler import GPUTarget
 
-from compiled_fa.engines.fused.kernels import Spec
-from compiled_fa.engines.fused.tables import Shape
+from compiled_fa.engines.fused import pages, tables
+from compiled_fa.engines.fused.kernels import Compilable
 from compiled_fa.inductor import graphs
 from tools.offline import fake_t4
 from tools.offline.compile import Compiled, KernelSource, compile_source
@@ -74,25 +74,30 @@ def written(function: Callable[..., Any], example_inputs: Callable[[graphs.Size]
     return found
 
 
-def launches_of_call(spec: Spec) -> list[str]:
+def written_for(spec: Compilable) -> Written:
+    """What Inductor writes for a call of this spec. Call it in a process of its own."""
+    return written(spec.function, lambda size: spec.example_inputs("cuda", size))
+
+
+def launches_of_call(spec: Compilable) -> list[str]:
     """The kernels that a call of this spec launches, in order. Call it in a process of its own."""
-    return written(spec.function, lambda size: spec.example_inputs("cuda", size)).launches
+    return written_for(spec).launches
 
 
-def launches_of_tables(shape: Shape) -> list[str]:
+def launches_of_tables(shape: tables.Shape | pages.Shape) -> list[str]:
     """The kernels that make tables, in order. Call it in a process of its own."""
     return written(shape.function, lambda size: shape.example_inputs("cuda", size)).launches
 
 
-def capture(spec: Spec) -> KernelSource:
+def capture(spec: Compilable) -> KernelSource:
     """The attention kernel that Inductor writes for this spec on a T4. Call it in a process of its own."""
-    found = written(spec.function, lambda size: spec.example_inputs("cuda", size)).kernels
+    found = written_for(spec).kernels
     # With dropout, forward has a second pass, whose kernel is the shorter one.
     templates = [KernelSource(name, text) for name, text in found.items() if name.startswith(ATTENTION)]
     return max(templates, key=lambda kernel: len(kernel.text))
 
 
-def compile_spec(spec: Spec, *, turing: bool, capability: tuple[int, int] = (7, 5)) -> Compiled:
+def compile_spec(spec: Compilable, *, turing: bool, capability: tuple[int, int] = (7, 5)) -> Compiled:
     """The attention kernel of a spec, by stock Triton or with the project's stage; see capture().
 
     capability: of a newer GPU, for which a spec's options are; what Inductor writes is the same.

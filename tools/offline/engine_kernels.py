@@ -1,4 +1,5 @@
-"""The fused engine's kernels by name: what calls with certain features compile, for any head_dim and options."""
+"""The fused engine's kernels by name: what calls with certain features compile, for any head_dim and options; and those
+that read keys in pages."""
 
 import dataclasses
 import itertools
@@ -7,7 +8,8 @@ import torch
 
 from compiled_fa.engines.fused.kernels import Spec
 from compiled_fa.engines.fused.mods import Features
-from compiled_fa.engines.fused.options import options_for
+from compiled_fa.engines.fused.options import options_for, options_for_pages
+from compiled_fa.engines.fused.paged import PagedSpec
 from compiled_fa.engines.nvidia import TURING
 from compiled_fa.problem import Direction
 from compiled_fa.tuning import FlexOptions
@@ -78,3 +80,17 @@ class Kernel:
 def all_kernels() -> list[Kernel]:
     """Every kernel of the table."""
     return [Kernel(*names) for names in itertools.product(DIRECTIONS, HEAD_DIMS, CLASSES)]
+
+
+def paged(
+    head_dim: int, page_size: int, queries: int = 1, splits: bool = True, softcap: bool = False, alibi: bool = False
+) -> PagedSpec:
+    """Of calls on pages with 8 key heads, each of which 4 query heads share."""
+    heads_per_key, nheads_k = 4, HEADS
+    options = dict(options_for_pages(head_dim, torch.float16, queries * heads_per_key, softcap, TURING))
+    options["BLOCK_N"] = min(options["BLOCK_N"], page_size)
+    nheads = heads_per_key * nheads_k
+    strides = tuple((n * head_dim, head_dim) for n in (nheads, nheads_k, nheads_k))
+    of_call = Features(softcap, alibi, layout="paged", heads_per_key=heads_per_key)
+    shape = nheads, nheads_k, head_dim, head_dim
+    return PagedSpec(of_call, torch.float16, *shape, strides, True, tuple(options.items()), splits)

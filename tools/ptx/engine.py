@@ -42,7 +42,7 @@ from .run import launch
 from .tensors import as_argument
 
 # Of the small kernels around the template's, for which a GPU's tiles are chosen by trial.
-TILES = {"XBLOCK": 64, "YBLOCK": 8, "R0_BLOCK": 64}
+TILES = {"XBLOCK": 64, "YBLOCK": 8, "R0_BLOCK": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def engine_on_ptx(*, turing: bool = True, edit: Callable[[Kernel], Kernel] | Non
     """
     launches: list[Launch] = []
 
-    def run(spec: kernels.Spec, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def run(spec: kernels.Compilable, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         graph = compile_graph(with_turing_options(spec), turing)
         if edit is not None:
             graph = dataclasses.replace(graph, kernels={name: edit(kernel) for name, kernel in graph.kernels.items()})
@@ -146,15 +146,17 @@ def measure(head_dim: int, seqlen: int) -> dict[str, Counters]:
     return {"forward": forward, "backward": backward}
 
 
-def with_turing_options(spec: kernels.Spec) -> kernels.Spec:
-    """A spec made on the CPU, with the options that it has on a T4."""
+def with_turing_options(spec: kernels.Compilable) -> kernels.Compilable:
+    """A spec made on the CPU, with the options that it has on a T4. Those of keys in pages have them."""
+    if not isinstance(spec, kernels.Spec):
+        return spec
     head_dim = max(spec.head_dim, spec.head_dim_v)
     options = options_for(spec.direction, head_dim, spec.dtype, spec.features, TURING)
     return dataclasses.replace(spec, options=options)
 
 
 @functools.cache
-def compile_graph(spec: kernels.Spec, turing: bool = True) -> Graph:
+def compile_graph(spec: kernels.Compilable, turing: bool = True) -> Graph:
     """A spec's graph as it is compiled on a T4."""
     return _compiler().submit(_compile_here, spec, turing).result()
 
@@ -167,10 +169,10 @@ def _compiler() -> concurrent.futures.Executor:
     return executor
 
 
-def _compile_here(spec: kernels.Spec, turing: bool) -> Graph:
-    from tools.offline.engine import written
+def _compile_here(spec: kernels.Compilable, turing: bool) -> Graph:
+    from tools.offline.engine import written_for
 
-    found = written(spec.function, lambda size: spec.example_inputs("cuda", size))
+    found = written_for(spec)
     return Graph({name: _compile_kernel(name, text, turing) for name, text in found.kernels.items()}, found.wrapper)
 
 

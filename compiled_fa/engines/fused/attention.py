@@ -15,12 +15,13 @@ from ...problem import Direction, Problem
 from ...scores import Dropout
 from ...scores.dropout import threshold as dropout_threshold
 from .. import nvidia
-from . import kernels, tables
+from . import kernels, pages, tables
 from .blocks import BLOCK, stored
 from .flex import SMALLEST_HEAD_DIM, Graph
 from .kernels import Spec, canonical
 from .mods import Features, Layout
 from .options import largest_head_dim, options_for
+from .paged import PagedSpec
 
 LARGEST_TENSOR = 2**31  # kernels index with 32 bits
 WIDE = ("q", "k", "v", "dout", "out")  # of a kernel's tensors, in its order, those with rows of heads
@@ -55,6 +56,9 @@ def _extents(problem: Problem, direction: Direction) -> list[int]:
     q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
     queries, keys = math.prod(q.shape[:-2]), math.prod(k.shape[:-2])
     gathered = 0
+    if direction == "forward" and (found := pages.plan(problem)) is not None:
+        rows = found.blocks * found.splits * found.block_rows * k.shape[-2]
+        return [*map(_extent, (q, k, v)), rows * max(q.shape[-1], v.shape[-1]), queries * q.shape[-2] * v.shape[-1]]
     if packed is not None and tables.layout_of(problem, direction) == "padded":
         queries = problem.batch * packed.max_seqlen_q
     if packed is not None and packed.block_table is not None:
@@ -109,7 +113,9 @@ def backward(
 
 
 def _nothing_to_see(problem: Problem) -> bool:
-    return problem.q.numel() == 0 or problem.k.numel() == 0 or problem.batch == 0
+    table = None if problem.packed is None else problem.packed.block_table
+    no_pages = table is not None and table.shape[1] == 0
+    return problem.q.numel() == 0 or problem.k.numel() == 0 or problem.batch == 0 or no_pages
 
 
 def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -122,6 +128,8 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
     head_dims = int(q.shape[-1]), int(problem.v.shape[-1])
     layout = tables.layout_of(problem, direction)
     features = _features(problem, layout)
+    if layout == "paged":
+        return _run_paged(problem, features)
     options = options_for(direction, max(head_dims), q.dtype, features, capability)
     given = {"q": q, "k": problem.k, "v": problem.v, **gradients, **_of_the_call(problem, features)}
     if is_traced(q):
@@ -151,10 +159,33 @@ def _run(direction: Direction, problem: Problem, gradients: dict[str, Tensor]) -
     return kernels.run(spec, given)
 
 
+def _run_paged(problem: Problem, features: Features) -> tuple[Tensor, ...]:
+    """Forward on keys where they lie."""
+    found, device = pages.planned(problem), problem.q.device
+    stream = tables.stream_of(device)
+    q, k, v = canonical(problem.q), found.k.view(problem.k), found.v.view(problem.v)
+    given = {"q": q, "k": k, "v": v, **_slopes(problem), **tables.tables_of(problem, "paged", stream)}
+    given |= {name: tables.number(x, device, stream) for name, x in _numbers(problem, features).items()}
+    spec = PagedSpec(
+        features,
+        q.dtype,
+        int(q.shape[-2]),
+        int(k.shape[-2]),
+        int(q.shape[-1]),
+        int(v.shape[-1]),
+        tuple((x.stride(0), x.stride(1)) for x in (q, k, v)),
+        k.shape[0] % found.keys == 0,
+        found.options,
+        found.splits > 1,
+    )
+    return kernels.run(spec, given)
+
+
 def _features(problem: Problem, layout: Layout) -> Features:
     dropout = problem.dropout_p > 0.0 and problem.dropout_seed is not None
     bias = () if problem.bias is None else _varying(problem.bias)
-    return Features(problem.softcap > 0.0, problem.alibi_slopes is not None, dropout, layout, bias)
+    group = problem.heads_per_key if layout == "paged" else 1
+    return Features(problem.softcap > 0.0, problem.alibi_slopes is not None, dropout, layout, bias, group)
 
 
 def _varying(bias: Tensor) -> tuple[bool, ...]:
@@ -174,9 +205,7 @@ def _numbers(problem: Problem, features: Features) -> dict[str, Any]:
 
 def _of_the_call(problem: Problem, features: Features) -> dict[str, Tensor]:
     """Tensors that are the call's own, besides its rows."""
-    given = {}
-    if problem.alibi_slopes is not None:
-        given["alibi_slopes"] = problem.alibi_slopes.expand(problem.batch, -1).contiguous()
+    given = _slopes(problem)
     if problem.bias is not None:
         bias = problem.bias[tuple(slice(None) if varies else 0 for varies in features.bias)]
         given["bias"] = bias if not bias.dim() or is_known(bias.stride(-1) == 1) else bias.contiguous()
@@ -185,6 +214,11 @@ def _of_the_call(problem: Problem, features: Features) -> dict[str, Tensor]:
     if problem.packed is not None and problem.packed.block_table is not None:
         given["pages"] = problem.packed.block_table.contiguous()
     return given
+
+
+def _slopes(problem: Problem) -> dict[str, Tensor]:
+    slopes = problem.alibi_slopes
+    return {} if slopes is None else {"alibi_slopes": slopes.expand(problem.batch, -1).contiguous()}
 
 
 def _divisible(problem: Problem, layout: Layout) -> bool:

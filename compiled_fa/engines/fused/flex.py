@@ -96,7 +96,7 @@ class Graph:
     def _pass(self, given: Arguments, dropping: bool, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         mods = self._mods(given, dropping)
         # softmax_scale is part of the score program, so the template's own is 1.
-        out, lse, *_ = _operators().flex_attention(
+        out, lse, *_ = operators().flex_attention(
             q,
             k,
             v,
@@ -140,7 +140,7 @@ class Graph:
             if self.features.bias:  # which may hide all of a row's keys where no mask does: their probabilities are 0
                 buffers["lse"] = stored(torch.where(lse == -math.inf, math.inf, lse))
         mods = self._mods(given, self.features.dropout)
-        dq, dk, dv, *_ = _operators().flex_attention_backward(
+        dq, dk, dv, *_ = operators().flex_attention_backward(
             q,
             k,
             v,
@@ -195,7 +195,8 @@ def _keys(x: Tensor, given: Arguments) -> Tensor:
     return (x if x.dim() == 4 else x.unsqueeze(0)).transpose(1, 2)
 
 
-def _operators() -> Any:
+def operators() -> Any:
+    """Has flex_attention and flex_attention_backward."""
     # torch._higher_order_ops has a function of the module's name, which an import statement would find.
     return sys.modules["torch._higher_order_ops.flex_attention"]
 

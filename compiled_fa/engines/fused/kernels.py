@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -141,7 +141,24 @@ class Spec:
         return inputs
 
 
-def run(spec: Spec, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+class Compilable(Hashable, Protocol):
+    """A Spec, or that of paged.py."""
+
+    @property
+    def direction(self) -> Direction: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def function(self, *tensors: Tensor) -> tuple[Tensor, ...]: ...
+
+    def example_inputs(self, device: torch.device | str, size: Callable[[str, int], Any]) -> list[Tensor]: ...
+
+
+def run(spec: Compilable, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Forward: out, lse; backward: dq, dk, dv. Compiled at the first call with a spec.
 
     Raises CannotServeError where that fails.

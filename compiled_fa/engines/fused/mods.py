@@ -23,19 +23,23 @@ from ...scores.masks import within
 LOG2E = math.log2(math.e)  # the template's lse is in base 2
 
 # dense: every batch has the same tables of rows. packed: one long row. padded: a batch of query rows, with tables of
-# their own, on one long row of keys.
-Layout = Literal["dense", "packed", "padded"]
+# their own, on one long row of keys. paged: the same of splits of sequences, on keys where they lie (pages.py).
+Layout = Literal["dense", "packed", "padded", "paged"]
 
 
 @dataclass(frozen=True)
 class Features:
-    """What is compiled into a kernel besides shapes: which terms a score has, and how rows lie."""
+    """What is compiled into a kernel besides shapes: which terms a score has, and how rows lie.
+
+    heads_per_key: query heads that are rows beside each other, where they are (pages.py).
+    """
 
     softcap: bool = False
     alibi: bool = False
     dropout: bool = False
     layout: Layout = "dense"
     bias: tuple[bool, ...] = ()  # whether it varies with the sequence, head, query and key; (): there is none
+    heads_per_key: int = 1
 
     def score_buffers(self, dropping: bool) -> tuple[str, ...]:
         """What a score reads, in order. dropping: with dropout's decision."""
@@ -43,6 +47,7 @@ class Features:
         names += ["softcap"] if self.softcap else []
         names += ["alibi_slopes", "position"] if self.alibi else []
         names += ["sequence"] if self.alibi and self.layout == "packed" else []
+        names += ["owner", "member"] if self.alibi and self.layout == "paged" else []
         names += ["low", "high", "threshold"] if dropping else []
         names += ["key_start"] if dropping and self.layout != "dense" else []
         names += ["bias"] if self.bias else []
@@ -60,7 +65,7 @@ class Mods:
 
     softmax_scale, softcap: fp32 (). alibi_slopes: (sequences, nheads). low, high: int32 (batch, nheads, rows), of
     Dropout.row. threshold: int32 (). bias: of the dimensions with which it varies, of those of (batch, nheads, rows,
-    columns). lse, in base 2, and delta: (batch, nheads, rows). The others: RowTables.
+    columns). lse, in base 2, and delta: (batch, nheads, rows). owner, member: pages.py. The others: RowTables.
     """
 
     features: Features
@@ -76,7 +81,7 @@ class Mods:
         return {**self.constants, **dict(zip((*self.names, *more), tensors, strict=True))}
 
     def _of_row(self, table: Tensor, batch: Tensor, row: Tensor) -> Tensor:
-        return table[batch, row] if self.features.layout == "padded" else table[row]
+        return table[batch, row] if self.features.layout in ("padded", "paged") else table[row]
 
     def _program(self, given: dict[str, Any]) -> ScoreProgram:
         # Positions come as they are, so that no length is needed to find them.
@@ -90,7 +95,11 @@ class Mods:
         sequence, position = batch, row
         if self.features.alibi:
             position = self._of_row(given["position"], batch, row)
-            sequence = given["sequence"][row] if self.features.layout == "packed" else batch
+            if self.features.layout == "packed":
+                sequence = given["sequence"][row]
+            elif self.features.layout == "paged":
+                sequence = given["owner"][batch]
+                head = head * self.features.heads_per_key + given["member"][batch, row]
         bias = self._bias(given, batch, head, row, column)
         return self._program(given).score(product, sequence, head, position, column, bias)
 

@@ -32,6 +32,22 @@ def options_for(
     return FUSED.newer[shared_memory(capability), dtype.itemsize, direction, entry]
 
 
+def options_for_pages(
+    head_dim: int, dtype: torch.dtype, rows: int, softcap: bool, capability: tuple[int, int]
+) -> FlexOptions:
+    """Forward on keys in pages, for which BLOCK_N may have to be smaller. rows: of a sequence's queries that share a
+    key head, at most. Where there is no GPU, Turing's."""
+    capability = TURING if capability == (0, 0) else capability
+    if capability == TURING:
+        kind = "Turing, fp16" if dtype == torch.float16 else "Turing"
+    else:
+        kind = f"{8 * dtype.itemsize} bits"
+    found = next(options for (of, entry), options in FUSED.few_rows.items() if of == kind and head_dim <= entry)
+    if rows <= dict(found)["BLOCK_M"]:
+        return found
+    return options_for("forward", head_dim, dtype, Features(softcap, layout="packed"), capability)
+
+
 @functools.cache
 def largest_head_dim(dtype: torch.dtype, capability: tuple[int, int]) -> int:
     """For which there are tiles, in both directions."""

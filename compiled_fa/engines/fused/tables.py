@@ -4,25 +4,25 @@ Tables depend on lengths and window alone, so that all layers of a model share t
 ones by the cu_seqlens tensors that they were made of, as long as those live and nobody writes to them. On a GPU they
 are one compiled graph of a few kernels.
 
-What was made on another stream may not be there yet, and a CUDA graph owns what it makes and makes it again when it is
-replayed: each stream keeps its own, and while one is captured, nothing is kept.
+Each stream keeps its own, and while a CUDA graph is captured, nothing is kept (caches.stream_of).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ...caches import Cache, TensorCache
+from ...caches import Cache, TensorCache, stream_of
 from ...inductor import graphs
 from ...inductor.graphs import Compiled
 from ...problem import Direction, Packed, Problem
 from ...scores import Window
+from . import pages
 from .blocks import (
     BLOCK,
     Sequences,
@@ -35,6 +35,8 @@ from .blocks import (
 )
 from .kernels import CONFIG
 from .mods import Layout
+
+__all__ = ["Shape", "Sizes", "Tables", "layout_of", "number", "stream_of", "tables_of", "traced"]
 
 Tables = Mapping[str, Tensor]  # BlockTables and RowTables by name, and what a layout needs
 
@@ -112,10 +114,11 @@ class Shape:
         """How many there are of cu_seqlens and first_keys."""
         return 0 if self.layout == "dense" else 3 if self.leftpad else 2
 
-    def compiled(self, device: torch.device) -> Compiled:
-        return graphs.compiled_graph(
-            self.function, lambda size: self.example_inputs(device, size), "the tables of a call's rows", **CONFIG
-        )
+    @property
+    def smallest(self) -> list[Any]:
+        """Sizes and tensors without data, of a call with one query."""
+        sums = torch.empty(2, dtype=torch.int32, device=torch.device("meta"))
+        return [Sizes(1, 1, 1, 1, 1, 1, 1), *[sums] * self.tensors]
 
 
 def _packed_sides(
@@ -139,10 +142,13 @@ def _nbytes(tables: Tables) -> int:
 
 def layout_of(problem: Problem, direction: Direction) -> Layout:
     """Of few queries a sequence on keys of their own, a block of packed rows would be of many sequences, on whose keys
-    one program would work by itself: such queries are laid out as a batch. Keys lie as they are, always."""
+    one program would work by itself: such queries are laid out as a batch. Keys lie as they are, but in pages that no
+    tile fits (pages.py)."""
     packed = problem.packed
     if packed is None:
         return "dense"
+    if direction == "forward" and pages.plan(problem) is not None:
+        return "paged"
     few = direction == "forward" and packed.max_seqlen_q <= BLOCK and not lie_alike(packed)
     return "padded" if few else "packed"
 
@@ -154,16 +160,22 @@ def lie_alike(packed: Packed) -> bool:
 
 def tables_of(problem: Problem, layout: Layout, stream: int | None) -> Tables:
     """On the device of the call. stream: as `stream_of` has it."""
-    shape, sizes, window = shape_of(problem, layout), sizes_of(problem, layout), bounded(problem.window)
-    device, sums = problem.q.device, _of_sequences(problem.packed)
-    key = shape, window, sizes, device, stream
+    window, device, of_sequences = bounded(problem.window), problem.q.device, _of_sequences(problem.packed)
+    shape: _Shape
+    sizes: Sequence[Size]
+    if layout == "paged":
+        shape, sizes, of_sequences = pages.shape_of(problem), pages.sizes_of(problem), pages.tensors_of(problem)
+    else:
+        shape, sizes = shape_of(problem, layout), sizes_of(problem, layout)
+    key = shape, window, tuple(sizes), device, stream
 
     def make() -> Tables:
-        return _made(shape, sizes, window, device, stream, *_alike(sums))
+        alike = [x.contiguous() for x in of_sequences] if layout == "paged" else _alike(of_sequences)
+        return _made(shape, sizes, window, device, stream, *alike)
 
     if stream is None:
         return make()
-    return _packed.get(sums, key, make) if sums else _dense.get(key, make)
+    return _packed.get(of_sequences, key, make) if of_sequences else _dense.get(key, make)
 
 
 def traced(problem: Problem, layout: Layout) -> Tables:
@@ -223,28 +235,38 @@ def number(value: float, device: torch.device, stream: int | None) -> Tensor:
     return make() if stream is None else _numbers.get((value, dtype, device, stream), make)
 
 
-def stream_of(device: torch.device) -> int | None:
-    """The current stream; None: a CUDA graph captures it."""
-    if device.type != "cuda":
-        return 0
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    return torch.cuda.current_stream(device).cuda_stream
+class _Shape(Hashable, Protocol):
+    """Shape, or that of pages.py."""
+
+    @property
+    def smallest(self) -> list[Any]: ...
+
+    def tables(self, sizes: Any, window: Window, device: torch.device, *tensors: Any) -> dict[str, Tensor]: ...
+
+    def function(self, *arguments: Any) -> tuple[Tensor, ...]: ...
+
+    def example_inputs(self, device: torch.device | str, size: Callable[[str, int], Any]) -> list[Any]: ...
 
 
 def _made(
-    shape: Shape, sizes: Sizes, window: Window, device: torch.device, stream: int | None, *cu_seqlens: Tensor
+    shape: _Shape, sizes: Sequence[Size], window: Window, device: torch.device, stream: int | None, *tensors: Tensor
 ) -> dict[str, Tensor]:
-    if device.type == "cpu":
-        return shape.tables(sizes, window, device, *cu_seqlens)
-    make = _makers.get((shape, device), lambda: shape.compiled(device))
     bounds = [number(side, device, stream) for side in window if isinstance(side, int)]
-    return dict(zip(_names(shape), make([*sizes, *bounds, *cu_seqlens]), strict=True))
+    arguments = [*sizes, *bounds, *tensors]
+    if device.type == "cpu":
+        made = shape.function(*arguments)
+    else:
+        made = _makers.get((shape, device), lambda: _compiled(shape, device))(arguments)
+    return dict(zip(_names(shape), made, strict=True))
+
+
+def _compiled(shape: _Shape, device: torch.device) -> Compiled:
+    what = "the tables of a call's rows"
+    return graphs.compiled_graph(shape.function, lambda size: shape.example_inputs(device, size), what, **CONFIG)
 
 
 @functools.cache
-def _names(shape: Shape) -> tuple[str, ...]:
+def _names(shape: _Shape) -> tuple[str, ...]:
     """Of the tables, in order."""
-    meta = torch.device("meta")
-    sums = [torch.empty(2, dtype=torch.int32, device=meta)] * shape.tensors
-    return tuple(shape.tables(Sizes(1, 1, 1, 1, 1, 1, 1), Window(0, 0), meta, *sums))
+    sizes, *tensors = shape.smallest
+    return tuple(shape.tables(sizes, Window(0, 0), torch.device("meta"), *tensors))
