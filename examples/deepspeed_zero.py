@@ -3,7 +3,9 @@
     pip install "transformers>=5.24" deepspeed
     python examples/deepspeed_zero.py
 
-One rank, on a CPU where there is nothing else. More of them: deepspeed examples/deepspeed_zero.py.
+One rank, on a CPU where there is nothing else. On two:
+
+    torchrun --nproc-per-node 2 examples/deepspeed_zero.py
 """
 
 from __future__ import annotations
