@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tools import turing_report
-from tools.offline.engine_kernels import DIRECTIONS, HEAD_DIMS, Kernel
 from tools.offline.compile import Compiled
+from tools.offline.engine_kernels import DIRECTIONS, HEAD_DIMS, Kernel
 from tools.offline.figures import Figures, Loop, blocks_per_sm, kinds_of_loops, loops_over_tiles
 from tools.offline.machine_code import UNITS
 
