@@ -163,7 +163,7 @@ def _replace_once(ptx: str, pattern: str, replacement: str, which: int = 0) -> s
 
 @pytest.mark.parametrize("first", [0, 8])
 def test_planted_mask_off_by_one(kernel, first: int) -> None:
-    """One of a thread's causal comparisons made strict: it loses the diagonal there. Which are of it, Triton chooses."""
+    """One of a thread's causal comparisons made strict: it loses the diagonal there. Triton chooses which."""
     pattern, ptx = r"setp\.([lg])e(\.[su](?:32|64))", kernel.asm["ptx"]
     assert len(re.findall(pattern, ptx)) > 16
     faulty = (_replace_once(ptx, pattern, r"setp.\1t\2", which) for which in range(first, first + 8))
