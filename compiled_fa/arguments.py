@@ -114,10 +114,11 @@ def options(
 def of_op(q: Tensor, options: Options, engine: str) -> tuple[Any, ...]:
     """What an op takes after its tensors. A number that compiled code knows only when it runs is an element of a tensor
     there: an argument would be a number in the code, which would be compiled again for the next."""
+    if not torch.compiler.is_compiling():
+        return *options, engine
     if options.softcap == 0.0:  # of a default, too, which Dynamo may take for a number that changes
         options = options._replace(softcap=0.0)
-    numbers = options.softmax_scale, options.softcap, options.dropout_p
-    if not torch.compiler.is_compiling() or not any(map(_changes, numbers)):
+    if not any(map(_changes, (options.softmax_scale, options.softcap, options.dropout_p))):
         return *options, engine
     one = torch.ones((), dtype=torch.float64)  # a product with it stays a tensor; torch.tensor(number) does not
     scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
@@ -134,7 +135,9 @@ def _changes(number: float | None) -> bool:
     tried with torch 2.11.0, 2.13.0 and 2.15.0."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and here it is
 
-    return number is not None and not has_static_value(number)
+    if number is None or type(number) not in (float, int):  # NumPy's numbers are tensors there
+        return False
+    return not has_static_value(number)
 
 
 def seeded(options: Options, check: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, *packing: Any) -> Options:

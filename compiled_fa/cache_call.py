@@ -77,7 +77,12 @@ class CacheCall:
     @property
     def capacity(self) -> int:
         """Keys that a row has room for."""
-        return self.page_size * (1 if self.block_table is None else self.block_table.shape[1])
+        return self.page_size * self.columns
+
+    @property
+    def columns(self) -> int:
+        """Pages of a row, those that it may have."""
+        return 1 if self.block_table is None else self.block_table.shape[1]
 
     @functools.cached_property
     def table(self) -> Tensor:
@@ -141,7 +146,7 @@ class CacheCall:
 
         def make() -> Tensor:
             place = self.before[:, None] + torch.arange(self.seqlen_new, device=self.q.device)
-            if self.table.shape[1] == 1:
+            if self.columns == 1:
                 return torch.stack([self.table.long().expand(-1, self.seqlen_new), place])
             return torch.stack([self.table.gather(1, place // self.page_size).long(), place % self.page_size])
 
@@ -169,7 +174,7 @@ class CacheCall:
             while done < self.seqlen_new:
                 column, first = divmod(place, self.page_size)
                 count = min(self.page_size - first, self.seqlen_new - done)
-                page = int(self.table[row, column]) if self.table.shape[1] > 1 else self.host_first_page[row]
+                page = int(self.table[row, column]) if self.columns > 1 else self.host_first_page[row]
                 yield row, slice(done, done + count), page, slice(first, first + count)
                 done, place = done + count, place + count
 
@@ -225,7 +230,7 @@ class CacheCall:
     def _as_dense(self, options: Options) -> Problem | None:
         """As an ordinary dense problem, which more engines serve: rows of one length, that lie at even distances."""
         batch = self.batch
-        if not batch or self.table.shape[1] != 1:
+        if not batch or self.columns != 1:
             return None
         (length, *lengths), (pad, *pads), (page, *pages) = self.host_lengths, self.host_leftpad, self.host_first_page
         if not length:  # its page may be any number

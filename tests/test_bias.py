@@ -65,14 +65,16 @@ def test_tiles_of_other_blocks_and_distant_keys_with_a_weight():
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest memory that an operator's result lies in."""
+    """Elements of the largest memory that an operator's result, of these dtypes, lies in."""
 
-    elements = 0
+    def __init__(self, *dtypes: torch.dtype) -> None:
+        super().__init__()
+        self.dtypes, self.elements = dtypes, 0
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         results = operator(*arguments, **(options or {}))
         for x in results if isinstance(results, tuple) else (results,):
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and x.dtype in self.dtypes:
                 self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
         return results
 
@@ -82,9 +84,18 @@ def test_nothing_is_as_large_as_the_scores(bias):
     """What broadcasts, or is expanded, is not written out, nor is its gradient."""
     compiled_fa.clear_caches()
     data = make(Case(((80, 96),) * 4, dense=True, head_dim_v=8, bias=bias, tiles=TileSizes(16, 16, 2)))
-    with Largest() as largest:
+    with Largest(torch.float32, torch.float16, torch.bool) as largest:
         run_tiled(data)
     assert 0 < largest.elements <= 4 * 96 * 2 * 8 < data.case.batch * data.case.nheads * 80 * 96
+
+
+def test_a_gradient_as_large_as_the_scores_is_there_once():
+    """Stored in the bias's dtype as it is found, and not summed in a wider one."""
+    compiled_fa.clear_caches()
+    data = make(Case(((80, 96),) * 4, dense=True, bias=Bias(dtype=torch.float16), tiles=TileSizes(16, 16, 2)))
+    with Largest(torch.float32) as largest:
+        run_tiled(data)
+    assert 0 < largest.elements <= 4 * 96 * 2 * 8
 
 
 def tensors(grad: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -220,6 +231,14 @@ def test_wrong_arguments(argument, given, says, kind):
     with pytest.raises((ValueError, TypeError)[kind], match=f"^{argument} must be .*{re.escape(says)}"):
         compiled_fa.attention(*inputs, dropout_p=0.1, **{argument: given})
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_no_tensor():
+    q, k, v = tensors(False)
+    with pytest.raises(TypeError, match=r"^k must be a tensor, got NoneType"), torch.autocast("cpu", torch.bfloat16):
+        compiled_fa.attention(q, None, v)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^v must be a tensor, got list"), torch.autocast("cpu", torch.bfloat16):
+        compiled_fa.varlen_attention(q[0], k[0], [v], *[cumulative([9]), cumulative([11]), 9, 11])  # type: ignore[arg-type]
 
 
 def test_engines_that_leave_it_say_so(monkeypatch):

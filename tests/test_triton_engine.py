@@ -16,11 +16,12 @@ import torch
 from support import Case, check_against_float64, make, run_op
 from test_fused_cost import Ops
 
-from compiled_fa import engines, messages
+from compiled_fa import engines, flash_attn_func, messages
 from compiled_fa.engines import CannotServeError, fused, nvidia, triton
 from compiled_fa.engines.triton import launching, printing, program
 from compiled_fa.engines.triton.printing import Level
 from compiled_fa.engines.triton.program import Terms
+from compiled_fa.inductor import lowering
 from compiled_fa.problem import Direction, Packed, Problem
 
 TESTS = Path(__file__).parent
@@ -232,3 +233,36 @@ def test_in_a_graph_a_call_with_dropout_is_its_launches() -> None:
         # The model's own: what q, k and v are, sums of layers, and of gradients.
         assert len(around) <= 3 * LAYERS, around
         assert all("poi" in name for name in around)
+
+
+def test_forward_is_computed_once_in_a_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of forward and one of backward, as AOTAutograd divides both: launches give tensors there, so that none is
+    left out, and none done again."""
+    pytest.importorskip("triton")
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    monkeypatch.setattr("compiled_fa.engines.inlined", lambda problem, direction, name="auto": triton)
+    lowering.tell_inductor()
+    torch._dynamo.reset()
+    graphs: list[list[str]] = []
+
+    def note(graph: Any, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        results = [
+            node.meta["val"] if isinstance(node, torch.fx.Node) else None for node in graph.graph.output_node().args[0]
+        ]
+        return lambda *_: [
+            torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else None for x in results
+        ]
+
+    table = {op: rule for op, rule in select_decomp_table().items() if "compiled_fa" in str(op)}
+    backend = aot_autograd(
+        fw_compiler=note, bw_compiler=note, decompositions=table, partition_fn=min_cut_rematerialization_partition
+    )
+    q, k, v = (torch.randn(2, 33, 4, 16, requires_grad=True) for _ in range(3))
+    torch.compile(flash_attn_func, backend=backend, fullgraph=True)(q, k, v, 0.1, causal=True).sum().backward()
+    torch._dynamo.reset()
+    assert [sum("triton_kernel" in name for name in graph) for graph in graphs] == [1, 2]
+    assert not any("compiled_fa" in name for graph in graphs for name in graph)
