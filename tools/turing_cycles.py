@@ -86,8 +86,8 @@ def measure(kernel: Kernel, card: Card = T4) -> OfKernel:
     loops = loops_over_tiles(compiled, kinds_of_loops(kernel.spec))
     if not cycles.runs or len(loops) != len(cycles.runs):
         raise ValueError(f"{kernel}: {cycles.blocks} blocks an SM, {len(cycles.runs)} loops with dots")
-    unmasked = range(1, len(loops), 2)
-    an_element = sum(cycles.of_a_block(i) / loops[i].elements for i in unmasked)  # of the score matrix
+    unmasked = {loop.kind: i for i, loop in enumerate(loops)}  # of each kind, the last
+    an_element = sum(cycles.of_a_block(i) / loops[i].elements for i in unmasked.values())  # of the score matrix
     multiply_adds = kernel.head_dim * (2 if kernel.direction == "forward" else 5)
     done = multiply_adds / an_element  # a cycle, of an SM
     return OfKernel(

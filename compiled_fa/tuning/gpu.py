@@ -32,7 +32,7 @@ _TURING_FP16: dict[tuple[str, int, str], FlexOptions] = {
     ("forward", 64, "many"): _forward(64, 64, 4, 2),  # 255, 2, 48 %
     ("forward", 128, "dense"): _forward(128, 32, 8, 2),  # 234, 1, 100 %
     ("forward", 128, "packed"): _forward(128, 32, 8, 2),  # 230, 1, 100 %
-    ("forward", 128, "many"): _forward(64, 32, 4, 1),  # 255, 2, 74 %
+    ("forward", 128, "many"): _forward(128, 32, 8, 1),  # 216, 1, 73 %
     ("forward", 256, "dense"): _forward(64, 32, 4, 2),  # 255, 1, 100 %; 10 spills with GQA
     ("forward", 256, "packed"): _forward(64, 16, 4, 1),  # 255, 1, 65 %
     ("forward", 256, "many"): _forward(64, 16, 4, 1),  # 255, 1, 64 %; spills

@@ -122,9 +122,8 @@ def _tensor_cores() -> Iterator[None]:
         stages["ttgir"] = lambda module, metadata: turing_layout(backend, options, module, metadata)
         return None
 
-    previous = knobs.runtime.add_stages_inspection_hook
-    knobs.runtime.add_stages_inspection_hook = hook
-    try:
+    with knobs.runtime.scope(), knobs.cache.scope():
+        knobs.runtime.add_stages_inspection_hook = hook
+        # Triton 3.6 leaves the hook out of the key of what triton.compile compiles: a cache of its own.
+        knobs.cache.dir = str(pathlib.Path(knobs.cache.dir, "turing layout"))
         yield
-    finally:
-        knobs.runtime.add_stages_inspection_hook = previous

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tools.ptx import BarrierError, TrapError, launch
+from tools.ptx import BarrierError, ConvergenceError, TrapError, launch
 
 from .harness import execute, module
 
@@ -32,6 +32,43 @@ def test_nested_branches_meet_again() -> None:
     wanted = [(20 if n & 2 == 0 else 22) if n % 2 == 0 else (11 if n & 2 == 0 else 10) for n in range(32)]
     assert got["%r0"].tolist() == wanted
     assert set(got["%r3"].tolist()) == {0x55555555}
+
+
+def test_a_warp_meets_at_a_shuffle_behind_which_the_way_round_lies() -> None:
+    """As Triton 3.6 lays out a loop with a branch in it. One thread of each of two warps goes round."""
+    text = """mov.b32 %r5, 0; mov.b32 %r6, 0; bra.uni $L_head;
+        $L_short: add.s32 %r5, %r5, 1;
+        $L_join: shfl.sync.bfly.b32 %r6, %r5, 1, 31, -1; setp.ge.u32 %p1, %r6, 200; @%p1 bra $L_end;
+        add.s32 %r7, %r7, 1; setp.lt.u32 %p2, %r7, 2; @%p2 bra $L_head; bra.uni $L_end;
+        $L_head: and.b32 %r8, %tid32, 31; setp.ne.u32 %p0, %r8, 5; @%p0 bra $L_short;
+        add.s32 %r5, %r5, 100; bra.uni $L_join;
+        $L_end: mad.lo.s64 %at, %tid64, 4, %in0; st.global.b32 [%at], %r6;"""
+    out = np.zeros(64, np.int32)
+    counters = launch(module(f"mov.b32 %r7, 0; {text}", 1, num_threads=64), (1,), [out])
+    assert out.tolist() == [200 if n % 32 == 4 else 2 for n in range(64)]
+    assert counters.opcodes["shfl.sync.bfly.b32"] == 2 * 2  # two rounds of two warps
+
+
+def test_what_follows_a_warp_wide_instruction_runs_once() -> None:
+    text = """mov.b32 %r0, 0; add.s32 %r0, %r0, 1; shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1; add.s32 %r0, %r0, %r1;
+        bar.sync 0; shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1; add.s32 %r0, %r0, %r1;"""
+    assert set(execute(text, {}, {"%r0": "u32"})["%r0"].tolist()) == {4}
+
+
+def test_a_part_of_a_warp_may_shuffle_while_another_waits_for_all() -> None:
+    text = """setp.lt.u32 %p0, %tid32, 16; @%p0 bra $L_all;
+        bra.uni $L_half; $L_all: shfl.sync.bfly.b32 %r0, %tid32, 16, 31, -1; bra.uni $L_end;
+        $L_half: shfl.sync.bfly.b32 %r1, %tid32, 1, 31, 0xffff0000; bra.uni $L_all; $L_end: mov.b32 %r2, %r1;"""
+    got = execute(text, {}, {"%r0": "u32", "%r2": "u32"})
+    assert got["%r0"].tolist() == (LANES ^ 16).tolist()
+    assert got["%r2"].tolist() == [n ^ 1 if n >= 16 else 0 for n in range(32)]
+
+
+def test_a_part_of_a_warp_that_waits_for_threads_that_never_come() -> None:
+    text = """setp.lt.u32 %p0, %tid32, 31; @%p0 bra $L_all; bra.uni $L_end;
+        $L_all: shfl.sync.bfly.b32 %r0, %tid32, 1, 31, -1; $L_end: mov.b32 %r1, 0;"""
+    with pytest.raises(ConvergenceError, match=r"is named, but does not execute.*thread 31.*shfl\.sync"):
+        execute(text, {}, {"%r0": "u32"})
 
 
 def test_threads_may_arrive_at_a_barrier_one_after_the_other() -> None:

@@ -7,8 +7,9 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tools import turing_report
+from tools.offline.compile import Compiled
 from tools.offline.engine_kernels import DIRECTIONS, HEAD_DIMS, Kernel
-from tools.offline.figures import Figures, Loop, blocks_per_sm
+from tools.offline.figures import Figures, Loop, blocks_per_sm, kinds_of_loops, loops_over_tiles
 from tools.offline.machine_code import UNITS
 
 
@@ -46,6 +47,29 @@ def test_shares_of_the_peak():
 def test_figures_survive_json():
     original = figures(loop(tensor=1024, issue=7))
     assert Figures.from_dict(json.loads(json.dumps(original.as_dict()))) == original
+
+
+KEYS, QUERIES = ("dk dv", 128, 96), ("dq", 96, 128)  # of a loop: its kind; HMMA, and FFMA, of an iteration
+
+
+@pytest.mark.parametrize("tensor_cores", [True, False])
+@pytest.mark.parametrize("order", [(KEYS, KEYS, QUERIES, QUERIES), (QUERIES, QUERIES, KEYS, KEYS)], ids=["keys", "dq"])
+def test_loops_are_known_by_their_work_in_whatever_order_the_compiler_has_them(order, tensor_cores):
+    """On the tensor cores, where more FFMA are beside fewer HMMA; and without them."""
+    tiles = {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32, "num_warps": 4, "num_stages": 2}
+    spec = Kernel("backward", 64, "causal", tuple(tiles.items())).spec
+    sass = ""
+    for i, (_, hmma, ffma) in enumerate(order):
+        dots = [("HMMA.1688.F32", hmma), ("FFMA", ffma)] if tensor_cores else [("FFMA", hmma)]
+        body = "".join(f"        /*0000*/  {opcode} R1, R2, R3, R1 ;\n" * count for opcode, count in dots)
+        masks = "        /*0000*/  ISETP R1 ;\n" * (i % 2 == 0)  # only in the first of each kind
+        sass += f".L_x_{i}:\n{body}{masks}        /*0000*/  @P0 BRA `(.L_x_{i}) ;\n"
+    compiled = Compiled("k", 4, 255, 0, "", "", sass, b"")
+    loops = loops_over_tiles(compiled, kinds_of_loops(spec))
+    assert [loop.kind for loop in loops] == [kind for kind, _, _ in order]
+    assert [loop.elements for loop in loops] == [32 * 64] * 4
+    assert [loop.ideal for loop in loops] == [{"dk dv": 1024, "dq": 768}[kind] for kind, _, _ in order]
+    assert [loop.cycles["alu"] for loop in loops] == [2, 0] * 2
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -99,7 +99,7 @@ def figures_of(spec: Spec, compiled: Compiled) -> Figures:
 
 
 def kinds_of_loops(spec: Spec) -> list[tuple[str, int, int]]:
-    """Of a kernel of the template, in the order of its code: name, scores of a tile, multiply-adds of a score."""
+    """Of a kernel of the template: name, scores of a tile, multiply-adds of a score."""
     d, d_v, size = spec.head_dim, spec.head_dim_v, dict(spec.options)
     if spec.direction == "forward":
         return [("out", size["BLOCK_M"] * size["BLOCK_N"], d + d_v)] * 2
@@ -139,11 +139,18 @@ def blocks_per_sm(registers: int, shared: int, num_warps: int) -> int:
 
 
 def loops_over_tiles(compiled: Compiled, kinds: Sequence[tuple[str, int, int]]) -> list[Loop]:
-    """In the order of the code: for masked tiles, then for full ones; in the template, dk and dv before dq."""
+    """In the order of the code: of each kind first for masked tiles, then for full ones.
+
+    Which kind comes first is the compiler's choice, so loops are told apart by their work: the more multiply-adds an
+    iteration of a kind has, the more cycles of tensor cores (or multiply-adds elsewhere) its loops have.
+    """
     found = [loop for loop in inner_loops(compiled.sass) if loop.dot_instructions >= FEWEST_DOT_INSTRUCTIONS]
     if len(found) != len(kinds):
         return []
+    by_work = sorted(range(len(found)), key=lambda i: (found[i].bounds["tensor"], found[i].dot_instructions))
+    # Both orders are stable: kinds of equal work are in the order of `kinds`.
+    kind_of = dict(zip(by_work, sorted(kinds, key=lambda kind: kind[1] * kind[2]), strict=True))
     return [
         Loop(kind, elements, dict(loop.bounds), elements * depth / MULTIPLY_ADDS / compiled.num_warps)
-        for loop, (kind, elements, depth) in zip(found, kinds, strict=True)
+        for loop, (kind, elements, depth) in ((loop, kind_of[i]) for i, loop in enumerate(found))
     ]

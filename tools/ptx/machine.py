@@ -7,6 +7,11 @@ on, and all meet again at the join. While all are together, which Triton's kerne
 A basic block ends at a label, a branch, an exit or a `bar.sync`. Threads at a `bar.sync` wait until all threads of the
 block wait at that same instruction. (PTX lets threads meet at different `bar.sync` of one number; Triton never relies
 on it, and a kernel in which it happens has most likely lost its way: an error here.)
+
+Every warp-wide instruction is a basic block of its own. A part of a warp waits at it while any thread can run, and
+executes it with those that came meanwhile: on sm_70 and newer such an instruction makes a thread wait for all threads
+that it names, and a compiler may put the way round a branch behind the join. (PTX lets threads meet at different
+shuffles or votes with the same qualifiers and mask; as above, an error here.)
 """
 
 from __future__ import annotations
@@ -20,13 +25,19 @@ from . import access, approximate, arithmetic, bits, comparison, conversion, mat
 from .arrays import Array
 from .counters import Counters, class_of
 from .definitions import Context, Execute, decode
-from .faults import BarrierError, KernelError, TrapError, UnknownInstructionError
+from .faults import BarrierError, ConvergenceError, KernelError, TrapError, UnknownInstructionError
 from .memory import GlobalMemory, LocalMemory, Memory, ParameterMemory, SharedMemory
 from .parser import Immediate, Instruction, Kernel, Symbol
 from .registers import Registers
 
 ENDS = ("bra", "ret", "exit", "trap")
 BARRIERS = ("bar", "barrier")
+WARP_WIDE = ("ldmatrix", "mma", "shfl", "vote")
+
+
+def is_warp_wide(instruction: Instruction) -> bool:
+    """Its threads wait for the others of their warp."""
+    return instruction.opcode in WARP_WIDE or (instruction.opcode in BARRIERS and "warp" in instruction.modifiers)
 
 
 def is_block_barrier(instruction: Instruction) -> bool:
@@ -38,6 +49,7 @@ class BasicBlock:
     body: list[tuple[Instruction, Execute]]
     end: Instruction | None  # None: falls through to the next
     target: int = -1  # of a branch
+    warp_wide: bool = False  # its body is one warp-wide instruction, and has no end
 
 
 def _name(error: KernelError, instruction: Instruction | None) -> KernelError:
@@ -71,6 +83,7 @@ class Machine:
         )
         self._special_registers()
         self.blocks = self._basic_blocks(Context(self.registers, self.memory, counters))
+        self._warp_wide = np.array([block.warp_wide for block in self.blocks], np.bool_)
         self._warps_through = [0] * len(self.blocks)
 
     def _special_registers(self) -> None:
@@ -88,6 +101,8 @@ class Machine:
         for i, instruction in enumerate(instructions):
             if instruction.opcode in ENDS or is_block_barrier(instruction):
                 starts.add(i + 1)
+            elif is_warp_wide(instruction):
+                starts |= {i, i + 1}
         bounds = sorted(start for start in starts if start < len(instructions))
         number = {start: i for i, start in enumerate(bounds)}
         blocks = []
@@ -95,7 +110,7 @@ class Machine:
             last = instructions[stop - 1]
             ends = last.opcode in ENDS or is_block_barrier(last)
             body = [(each, self._decode(each, context)) for each in instructions[start : stop - ends]]
-            block = BasicBlock(body, last if ends else None)
+            block = BasicBlock(body, last if ends else None, warp_wide=is_warp_wide(last))
             if last.opcode == "bra":
                 (label,) = last.operands
                 if not isinstance(label, Symbol) or label.name not in self.kernel.labels:
@@ -169,23 +184,34 @@ class Machine:
                 continue
             current = int(counter[ready].min())
             active = ready & (counter == current)
-            mask = None if active.all() else active
-            block = self.blocks[current]
-            self._execute(block, mask)
-            if mask is None:
-                self._warps_through[current] += self.num_threads // 32
+            if active.all():
+                # Nobody can catch up before the next branch.
+                while self.blocks[current].end is None and current + 1 < done:
+                    self._execute(current, None)
+                    current += 1
+                counter[...] = current
+                self._execute(current, None)
+            elif self.blocks[current].warp_wide and self._parts_a_warp(active):
+                waiting |= active
+                continue
             else:
-                self._warps_through[current] += int(active.reshape(-1, 32).any(axis=1).sum())
-            self._advance(block, current, active, counter, waiting)
+                self._execute(current, active)
+            self._advance(self.blocks[current], current, active, counter, waiting)
         raise TrapError(f"the block has not ended after {self.step_limit} basic blocks")
 
-    def _execute(self, block: BasicBlock, mask: Array | None) -> None:
-        for instruction, execute in block.body:
+    def _parts_a_warp(self, active: Array) -> bool:
+        by_warp = active.reshape(-1, 32)
+        return bool((by_warp.any(axis=1) != by_warp.all(axis=1)).any())
+
+    def _execute(self, current: int, mask: Array | None) -> None:
+        for instruction, execute in self.blocks[current].body:
             try:
                 execute(mask)
             except KernelError as error:
                 _name(error, instruction)
                 raise
+        warps = self.num_threads // 32 if mask is None else int(mask.reshape(-1, 32).any(axis=1).sum())
+        self._warps_through[current] += warps
 
     def _advance(self, block: BasicBlock, current: int, active: Array, counter: Array, waiting: Array) -> None:
         """Moves the threads that ran the block on to where its end sends them."""
@@ -204,7 +230,9 @@ class Machine:
             counter[taken] = block.target if end.opcode == "bra" else len(self.blocks)
 
     def _release(self, counter: Array, waiting: Array) -> None:
-        """Lets the threads go on that wait at a barrier, if these are all threads."""
+        """Lets threads go on that wait at a warp-wide instruction, or at a barrier if these are all threads."""
+        if self._meet(counter, waiting):
+            return
         place = int(counter[waiting].min())
         instruction = self.blocks[place].end
         missing = ~(waiting & (counter == place))
@@ -223,6 +251,32 @@ class Machine:
         self.counters.barriers += 1
         waiting[...] = False
         counter[...] = place + 1
+
+    def _meet(self, counter: Array, waiting: Array) -> bool:
+        """Lets each warp go on whose threads wait at a warp-wide instruction with all that it names.
+
+        Returns:
+            whether any thread waits at such an instruction
+
+        Raises:
+            ConvergenceError: some do, but no warp can go on
+        """
+        wide = waiting.copy()
+        wide[waiting] = self._warp_wide[counter[waiting]]
+        warp_of = np.arange(self.num_threads) // 32
+        errors = []
+        for place, number in sorted(set(zip(counter[wide].tolist(), warp_of[wide].tolist(), strict=True))):
+            active = wide & (counter == place) & (warp_of == number)
+            try:
+                self._execute(place, active)
+            except ConvergenceError as error:  # before anything was written
+                errors.append(error)
+            else:
+                waiting &= ~active
+                counter[active] = place + 1
+        if errors and waiting[wide].all():
+            raise errors[0]
+        return bool(wide.any())
 
     def count_instructions(self) -> None:
         """Adds what has run to the counters: a basic block's instructions times the warps that went through it."""
