@@ -433,9 +433,24 @@ def classes_table() -> list[list[str]]:
     ]
 
 
+def models_table() -> list[list[str]]:
+    lines = {
+        "Llama of transformers, 1,024 tokens, 16 heads on 4": "Llama layer B1 N1024 H16/4 D64 {} causal",
+        "the same, 32 sequences of 26 to 251, packed": "Llama layer, 32 seqs of 26..251 H16/4 D64 {} causal",
+        "ViT-B/16 block, 8 images of 197 tokens": "ViT block B8 N197 H12 D64 {}",
+        "Stable Diffusion's block, 4,096 and 77 tokens": "UNet attention block B2 N4096 H8 D40 {}",
+    }
+    columns = [(way, peer) for way in BOTH for peer in ("SDPA", "naive")]
+    return [
+        [label, *(listed("models", [case.format(dtype) for dtype in HALVES], (way,), peer) for way, peer in columns)]
+        for label, case in lines.items()
+    ]
+
+
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 TABLES = {"Dense": dense_table, "Masks and scores": variants_table, "Packed sequences": varlen_table,
-          "Short calls": short_table, "Decoding": decode_table, "Classes of CPU": classes_table}  # fmt: skip
+          "Short calls": short_table, "Decoding": decode_table, "Classes of CPU": classes_table,
+          "Inside models": models_table}  # fmt: skip
 
 
 @pytest.mark.parametrize("section", TABLES)
