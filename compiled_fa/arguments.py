@@ -118,7 +118,8 @@ def of_op(q: Tensor, options: Options, engine: str) -> tuple[Any, ...]:
         return *options, engine
     if options.softcap == 0.0:  # of a default, too, which Dynamo may take for a number that changes
         options = options._replace(softcap=0.0)
-    if not any(map(_changes, (options.softmax_scale, options.softcap, options.dropout_p))):
+    changing = any(map(_changes, (options.softmax_scale, options.softcap, options.dropout_p)))
+    if not changing or sharding.is_distributed(q):  # an op of DTensors takes no plain tensor of numbers
         return *options, engine
     one = torch.ones((), dtype=torch.float64)  # a product with it stays a tensor; torch.tensor(number) does not
     scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale

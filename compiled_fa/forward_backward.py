@@ -22,7 +22,7 @@ from torch import Tensor
 from . import arguments, engines, ops, validation
 from .padding import reads_values, running_sums
 from .probabilities import dense_probabilities, varlen_probabilities
-from .problem import Options
+from .problem import Options, lse_dtype
 
 
 def _flash_attn_forward(
@@ -87,7 +87,7 @@ def _flash_attn_backward(
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     options = _given_seed(options, rng_state, q)
     targets = _checked_targets((q, k, v), (dq, dk, dv))
-    lse = softmax_lse.to(torch.promote_types(q.dtype, torch.float32))
+    lse = softmax_lse.to(lse_dtype(q.dtype))
     gradients = ops.attention_backward(dout, None, out, lse, q, k, v, *options, engines.requested())
     _write(targets, gradients)
     return _delta(dout, out, lse)
@@ -174,7 +174,7 @@ def _flash_attn_varlen_backward(
     options = arguments.options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     options = _given_seed(options, rng_state, q)
     targets = _checked_targets((q, k, v), (dq, dk, dv))
-    lse = softmax_lse.to(torch.promote_types(q.dtype, torch.float32))
+    lse = softmax_lse.to(lse_dtype(q.dtype))
     gradients = ops.varlen_attention_backward(dout, None, out, lse, q, k, v, *packing, *options, engines.requested())
     _write(targets, gradients)
     return _delta(dout, out, lse)

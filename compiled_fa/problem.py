@@ -18,6 +18,11 @@ Direction = Literal["forward", "backward"]
 Found = TypeVar("Found")
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of lse, and of the arithmetic, for inputs of a dtype: fp32, and fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def once_a_call(function: Callable[[Problem], Found]) -> Callable[[Problem], Found]:
     """What a function finds out about a problem, found out once: who chooses an engine asks the same as the engine."""
 
@@ -218,8 +223,7 @@ class Problem:
 
     @property
     def lse_dtype(self) -> torch.dtype:
-        """fp32, and fp64 for fp64 inputs."""
-        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        return lse_dtype(self.q.dtype)
 
     def program(self, seqlen_q: int | Tensor, seqlen_k: int | Tensor) -> ScoreProgram:
         """The call's score program; the lengths are an int for all sequences or a tensor (batch,)."""

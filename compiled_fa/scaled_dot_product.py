@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .validation import DTYPES, MAX_HEAD_DIM
 from .with_bias import attention
 
 NAME = "scaled_dot_product_attention"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_HEAD_DIM = 512
 FLASH_HEAD_DIM = 256  # the greatest that PyTorch's flash kernel takes
 FLASH_CAPABILITY = (8, 0)  # cards from which on PyTorch's flash kernel runs
 ALIGNMENT = 16  # bytes; PyTorch's memory-efficient kernel takes rows that are multiples of it

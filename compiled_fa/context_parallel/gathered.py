@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import arguments, engines, ops, validation
-from ..problem import Options
+from ..problem import Options, lse_dtype
 from ..registration import not_traced
 from .layout import Group, by_rank, chunk_size, chunks_of, in_order, process_group
 
@@ -215,7 +215,7 @@ class _VarlenAttention(torch.autograd.Function):
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype(q.dtype))
     groups = call.groups_of_heads(q, k)
     all_keys = call.gathered(k, v, [heads for heads, _ in groups])
     for (_, heads_q), (k_all, v_all) in zip(groups, all_keys, strict=True):

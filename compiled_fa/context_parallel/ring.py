@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import arguments, engines, ops, validation
-from ..problem import Options
+from ..problem import Options, lse_dtype
 from ..registration import not_traced
 from .layout import Block, Group, blocks, process_group
 from .merging import merge
@@ -137,10 +137,6 @@ def _unpacked(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return first.view(k.shape), second.view(v.shape)
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
@@ -165,7 +161,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
     own, *of_own = next(keys)
     (block,) = ring.blocks(own, q.shape[1])  # with all of its queries
     out, lse = ops.attention(q, *of_own, *ring.options_of(block))
-    out = out.to(_lse_dtype(q))
+    out = out.to(lse_dtype(q.dtype))
     for source, k_block, v_block in keys:
         for block in ring.blocks(source, q.shape[1]):
             of_keys = k_block[:, block.keys], v_block[:, block.keys]
@@ -177,7 +173,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
 def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, ring: _Ring
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _lse_dtype(q)
+    dtype = lse_dtype(q.dtype)
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     sums = torch.zeros(k.numel() + v.numel(), dtype=dtype, device=k.device)  # dk and dv of the keys that are here
     on_its_way: _Transfer | None = None
