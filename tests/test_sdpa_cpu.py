@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Case, cases, check_against_float64, make, run_engine, run_naive
+from support import Case, cases, check_against_float64, cumulative, make, run_engine, run_naive
 from tuned import retune
 
 from compiled_fa.engines import sdpa_cpu, select
+from compiled_fa.engines.sdpa_cpu.groups import groups
+from compiled_fa.problem import Packed
 
 PLAIN = {"window_size": (-1, -1), "softcap": 0.0, "slopes": "none", "dropout_p": 0.0, "tiles": None}
 
@@ -128,3 +130,12 @@ def test_what_it_leaves_to_others():
         assert select(problem, "forward").engine.name == "tiled"
         with pytest.raises(RuntimeError, match="sdpa_cpu engine was asked for"):
             select(problem, "forward", "sdpa_cpu")
+
+
+def test_groups_of_lengths_that_come_again_are_found_once():
+    def found(*lengths):
+        return groups(Packed(cumulative(lengths), cumulative(lengths), 9, 9))
+
+    assert found(5, 9, 5) is found(5, 9, 5)
+    assert [len(queries.take(torch.empty(19, 1))) for queries, _ in found(5, 9, 5)] == [2, 1]
+    assert [len(queries.take(torch.empty(19, 1))) for queries, _ in found(9, 5, 5)] == [1, 2]
