@@ -21,19 +21,7 @@ from ...scores import Window
 from ...scores.arguments import Features, ScoreArguments
 from ...tuning import current
 from . import step
-from .split_table import (
-    Pages,
-    Rows,
-    Spans,
-    SplitPlan,
-    SplitTable,
-    WholeSplits,
-    divided,
-    located,
-    sizes,
-    split_plan,
-    whole_splits,
-)
+from .split_table import Pages, Rows, SplitPlan, SplitTable, located, sizes, split_plan
 
 
 class DecodePlan(NamedTuple):
@@ -46,7 +34,6 @@ class DecodePlan(NamedTuple):
 
 
 _plans: Cache[object, DecodePlan] = Cache("decode plans", entries=64)
-_whole_splits: Cache[object, WholeSplits] = Cache("whole splits", entries=64)
 
 
 def plan(problem: Problem, k: Rows, queries: int) -> DecodePlan:
@@ -75,21 +62,13 @@ def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> De
     kernel = step.decoding(step.Shape(features, queries, problem.heads_per_key, (q.shape[-1], head_dim_v)))
     keep_freed()
     seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]
-    spans = tuple((max(0, start // split * split), max(0, stop)) for start, stop in seen)
+    spans = [(max(0, start // split * split), max(0, stop)) for start, stop in seen]
     score_bytes_a_key = features.dtype.itemsize * queries * q.shape[-2]
     groups = _groups(lengths, current().split_kv.score_bytes // score_bytes_a_key)
     pages = Pages(page_size, _max_num_blocks(problem))
-    split_plans = [_split_plan(spans[first:stop], first, split, run, pages) for first, stop in groups]
+    split_plans = [split_plan(spans[first:stop], first, split, run, pages) for first, stop in groups]
     dense = [located(None, k, run, some) for some in split_plans] if problem.packed is None else []
     return DecodePlan(kernel, lengths_k, _arguments(problem, queries, lengths_k), run, split_plans, dense)
-
-
-def _split_plan(spans: Spans, first: int, split: int, run: int, pages: Pages) -> SplitPlan:
-    """A cache that grows has the same whole splits from token to token."""
-    starts = tuple(start for start, _ in spans)
-    counts, last_lengths = zip(*(divided(span, split) for span in spans), strict=True)
-    layout = starts, counts, first, split, run, pages
-    return split_plan(_whole_splits.get(layout, lambda: whole_splits(*layout)), last_lengths, run, pages)
 
 
 def _arguments(problem: Problem, queries: int, lengths: Tensor) -> list[Tensor]:

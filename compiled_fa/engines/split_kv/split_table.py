@@ -16,27 +16,23 @@ from ...flattening import Flattened
 from ...problem import Packed
 from ...tuning import current
 
-Spans = tuple[tuple[int, int], ...]  # keys start to stop of every sequence; starts are multiples of a split
+Spans = Sequence[tuple[int, int]]  # keys start to stop of every sequence; starts are multiples of a split
 
 
 @dataclass(frozen=True)
 class SplitTable(Flattened):
-    """All but the last split of every sequence, which are whole (x,), and the last ones, which need not be (b,). int64.
+    """Splits (x,) of all sequences, one after the other. int64.
 
-    A window is the rows of the last split and some before or after it, if it is not whole.
+    A window is as many rows of memory as a split has keys, those of the split among them.
     """
 
-    first_row: Tensor  # (x, runs): where runs begin
+    first_row: Tensor  # (x, runs): where runs of the window begin
     batch_idx: Tensor  # whose they are
-    kv_start: Tensor  # the index in its sequence of a split's first key
-    first_split: Tensor  # (b,): the first split of a sequence, and how many it has
-    num_splits: Tensor
-    split_idx: Tensor  # 0 to the most of them
-    last_first_row: Tensor  # (b, runs), of the window
-    last_batch_idx: Tensor
-    last_kv_start: Tensor  # of the window
-    last_start: Tensor  # rows of the window that the last split is
-    last_stop: Tensor
+    kv_start: Tensor  # the index in its sequence of the window's first row
+    start: Tensor  # the rows of the window that are keys of the split
+    stop: Tensor
+    splits: Tensor  # (b, s): a sequence's splits; beyond their number, any
+    num_splits: Tensor  # (b,)
 
 
 class Rows(NamedTuple):
@@ -82,20 +78,17 @@ class Pages(NamedTuple):
 
 
 class SplitPlan(NamedTuple):
-    """Spans in splits, wherever those lie: whole ones, then last ones, (x + b, runs)."""
+    """Spans in splits (x,), wherever those lie."""
 
-    place: Tensor  # of a run's first key: its page, counted in all of the block table; without pages, its sequence
+    place: Tensor  # (x, runs), of a run's first key: its page, counted in all of the block table; else its sequence
     offset: Tensor  # of that key in there
-    batch_idx: Tensor  # (x,), and as in SplitTable
-    kv_start: Tensor
-    first_split: Tensor
+    batch_idx: Tensor  # as in SplitTable
+    kv_start: Tensor  # of the split
+    start: Tensor  # 0
+    length: Tensor
+    splits: Tensor
     num_splits: Tensor
-    split_idx: Tensor
-    last_batch_idx: Tensor  # (b,)
-    last_kv_start: Tensor  # of the last split
-    last_start: Tensor  # 0
-    last_length: Tensor
-    exists: Tensor | None  # (x + b, 1): that split has keys; None: all have
+    exists: Tensor | None  # (x, 1): that a split has keys; None: all have
 
 
 def sizes(longest: int, page_size: int | None) -> tuple[int, int]:
@@ -108,68 +101,25 @@ def sizes(longest: int, page_size: int | None) -> tuple[int, int]:
     return split // run * run, run
 
 
-class WholeSplits(NamedTuple):
-    """What splits of some sequences have that does not change while only their last ones grow."""
-
-    place: Tensor  # of whole splits, (x, runs), and as in SplitPlan
-    offset: Tensor
-    batch_idx: Tensor
-    kv_start: Tensor
-    first_split: Tensor
-    num_splits: Tensor
-    split_idx: Tensor
-    last_batch_idx: Tensor
-    last_kv_start: Tensor
-    last_start: Tensor
-    runs: Tensor  # of a split, where each begins
-    exist: bool  # whole splits; else there is one of nobody, so that no table is empty
-
-
-def divided(span: tuple[int, int], split: int) -> tuple[int, int]:
-    """A span's whole splits before its last one, and the keys of that one."""
-    keys = max(0, span[1] - span[0])
-    whole = max(0, -(-keys // split) - 1)
-    return whole, keys - whole * split
-
-
-def whole_splits(
-    starts: Sequence[int], counts: Sequence[int], first: int, split: int, run: int, pages: Pages
-) -> WholeSplits:
-    """starts: where each sequence's splits begin. counts: its whole ones. first: the first of these sequences."""
-    start, splits = torch.tensor([starts, counts], device="cpu")
-    before = splits.cumsum(0) - splits
-    everyone = torch.arange(len(starts), device="cpu")
-    exist = any(counts)
-    batch_idx = everyone.repeat_interleave(splits) if exist else everyone[:1]
-    kv_start = start[batch_idx] + (torch.arange(len(batch_idx), device="cpu") - before[batch_idx]) * split
-    runs = torch.arange(0, split, run, device="cpu")
-    kv_idx = kv_start[:, None] + (runs if exist else torch.zeros_like(runs))
-    last = start + splits * split
-    return WholeSplits(
-        *pages.located((first + batch_idx)[:, None], kv_idx),
-        first + batch_idx,
-        kv_start,
-        before,
-        splits,
-        torch.arange(max(1, int(splits.max())), device="cpu"),
-        first + everyone,
-        last,
-        torch.zeros_like(last),
-        runs,
-        exist,
-    )
-
-
-def split_plan(whole: WholeSplits, last_lengths: Sequence[int], run: int, pages: Pages) -> SplitPlan:
-    """With so many keys in the last split of every sequence."""
-    length = torch.tensor(last_lengths, device="cpu")
+def split_plan(spans: Spans, first: int, split: int, run: int, pages: Pages) -> SplitPlan:
+    """first: the first of these sequences. One without keys has a split without."""
+    span_start, span_stop = torch.tensor(spans, device="cpu").unbind(1)
+    keys = (span_stop - span_start).clamp(min=0)
+    num_splits = ((keys + (split - 1)) // split).clamp(min=1)
+    before = num_splits.cumsum(0) - num_splits
+    sequence = torch.arange(len(spans), device="cpu").repeat_interleave(num_splits)
+    done = (torch.arange(len(sequence), device="cpu") - before[sequence]) * split
+    length = (keys[sequence] - done).clamp(max=split)
+    kv_start = span_start[sequence] + done
     # Beyond the last key, the last run that has one, once more.
-    runs = torch.minimum(whole.runs, (length - 1).clamp(min=0)[:, None] // run * run)
-    place, offset = pages.located(whole.last_batch_idx[:, None], whole.last_kv_start[:, None] + runs)
-    exists = None
-    if not (whole.exist and all(last_lengths)):
-        exists = torch.cat([torch.full_like(whole.batch_idx, whole.exist, dtype=torch.bool), length > 0])[:, None]
-    return SplitPlan(torch.cat([whole.place, place]), torch.cat([whole.offset, offset]), *whole[2:-2], length, exists)
+    runs = torch.minimum(torch.arange(0, split, run, device="cpu"), (length - 1).clamp(min=0)[:, None] // run * run)
+    place, offset = pages.located((first + sequence)[:, None], kv_start[:, None] + runs)
+    split_idx = torch.arange(int(num_splits.max()), device="cpu")
+    splits = before[:, None] + torch.minimum(split_idx, num_splits[:, None] - 1)
+    exists = None if min(stop - start for start, stop in spans) > 0 else (length > 0)[:, None]
+    return SplitPlan(
+        place, offset, first + sequence, kv_start, torch.zeros_like(length), length, splits, num_splits, exists
+    )
 
 
 def located(packed: Packed | None, k: Rows, run: int, plan: SplitPlan) -> SplitTable:
@@ -189,13 +139,9 @@ def _placed(plan: SplitPlan, row: Tensor, last_window: int | None = None) -> Spl
     """row: where runs begin that have keys. last_window: of memory, where runs are not splits of its blocks."""
     if plan.exists is not None:
         row = row.where(plan.exists, 0)
-    row, last_row = row.split([len(plan.kv_start), len(plan.last_kv_start)])
-    last_kv_start, start, stop = plan.last_kv_start, plan.last_start, plan.last_length
+    kv_start, start, stop = plan.kv_start, plan.start, plan.length
     if last_window is not None:
-        window = last_row.clamp(max=last_window)
-        start = (last_row - window)[:, 0]
-        last_row, last_kv_start, stop = window, last_kv_start - start, stop + start
-    counted = plan.first_split, plan.num_splits, plan.split_idx
-    return SplitTable(
-        row, plan.batch_idx, plan.kv_start, *counted, last_row, plan.last_batch_idx, last_kv_start, start, stop
-    )
+        window = row.clamp(max=last_window)
+        start = (row - window)[:, 0]
+        row, kv_start, stop = window, kv_start - start, stop + start
+    return SplitTable(row, plan.batch_idx, kv_start, start, stop, plan.splits, plan.num_splits)

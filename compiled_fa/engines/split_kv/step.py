@@ -87,8 +87,8 @@ def decoding(shape: Shape) -> Compiled:
     """queries (batch, m, h, g, head_dim) in the arithmetic's dtype, windows of k (., run, h, head_dim) and v
     (., run, h, slices, .), SplitTable and ScoreArguments, slopes as (b, g * h) -> out (b, h, r, slices, .) and
     lse (b, h, r)."""
-    x, b = ("x",), ("b",)
-    tables = (*x, "runs"), x, x, b, b, ("s",), (*b, "runs"), b, b, b, b
+    x = ("x",)
+    tables = (*x, "runs"), x, x, x, x, ("b", "s"), ("b",)
     return _compiled(decode, shape, shape.features.dtype, tables, "decoding")
 
 
@@ -137,7 +137,7 @@ def attend_alone(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     queries, k, v, query, row, start, stop, *rest = tensors
     program = ScoreArguments.unflatten(ScoreArguments.names(shape.features), iter(rest)).program()
     batch_idx = torch.arange(query.shape[0])
-    out, total, top = _attended(shape, program, queries, k, v, query, row[:, None], batch_idx, -start, (start, stop))
+    out, total, top = _attended(shape, program, queries, k, v, query, row[:, None], batch_idx, -start, start, stop)
     lse = (top + total.log()).unflatten(1, (shape.queries, -1)).transpose(-1, -2).contiguous()
     divisor = torch.where(total == 0.0, 1.0, total).transpose(-1, -2)[..., None, None]
     out = (out / divisor).to(shape.features.product_dtype).unflatten(2, (shape.queries, -1))
@@ -152,27 +152,18 @@ def decode(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     table = SplitTable.unflatten(tuple(SplitTable.__dataclass_fields__), following)
     program = ScoreArguments.unflatten(ScoreArguments.names(features), following).program()
 
-    def attended(row: Tensor, batch_idx: Tensor, kv_start: Tensor, existing: tuple[Tensor, Tensor] | None) -> Attended:
-        return _attended(shape, program, queries, k, v, batch_idx, row, batch_idx, kv_start, existing)
-
-    out, total, top = attended(table.first_row, table.batch_idx, table.kv_start, None)
-    existing = table.last_start, table.last_stop
-    last_out, last_total, last_top = attended(table.last_first_row, table.last_batch_idx, table.last_kv_start, existing)
-
-    which = table.first_split[:, None] + torch.minimum(table.split_idx, table.num_splits[:, None] - 1)
-    exists = (table.split_idx < table.num_splits[:, None])[..., None, None]
-    tops = torch.where(exists, _rows_of(top, [which]), -inf)  # b s r h
-    greatest = torch.maximum(tops.amax(1), last_top)
-    shift = torch.where(greatest == -inf, 0.0, greatest)
-    weight, last_weight = torch.exp(tops - shift[:, None]), torch.exp(last_top - shift)
-    total = (torch.where(exists, _rows_of(total, [which]), 0.0) * weight).sum(1) + last_total * last_weight
+    inputs, batch_idx = (shape, program, queries, k, v), table.batch_idx
+    out, total, top = _attended(*inputs, batch_idx, table.first_row, batch_idx, table.kv_start, table.start, table.stop)
+    # Each sequence's splits, side by side: b s ...
+    exists = (torch.arange(table.splits.shape[1]) < table.num_splits[:, None])[..., None, None]
+    tops = torch.where(exists, _rows_of(top, [table.splits]), -inf)
+    greatest = tops.amax(1)
+    weight = torch.exp(tops - torch.where(greatest == -inf, 0.0, greatest)[:, None])
+    total = (torch.where(exists, _rows_of(total, [table.splits]), 0.0) * weight).sum(1)
     lse = (greatest + total.log()).transpose(-1, -2).contiguous()
-
-    weight, last_weight, divisor = (
-        x.transpose(-1, -2)[..., None, None] for x in (weight, last_weight, torch.where(total == 0.0, 1.0, total))
-    )
-    out = (torch.where(exists[..., None, None], _rows_of(out, [which]), 0.0) * weight).sum(1)
-    return ((out + last_out * last_weight) / divisor).to(features.product_dtype).contiguous(), lse
+    weight, divisor = (x.transpose(-1, -2)[..., None, None] for x in (weight, torch.where(total == 0.0, 1.0, total)))
+    out = (torch.where(exists[..., None, None], _rows_of(out, [table.splits]), 0.0) * weight).sum(1)
+    return (out / divisor).to(features.product_dtype).contiguous(), lse
 
 
 def _attended(
@@ -185,11 +176,12 @@ def _attended(
     first_row: Tensor,
     batch_idx: Tensor,
     kv_start: Tensor,
-    existing: tuple[Tensor, Tensor] | None,
+    start: Tensor,
+    stop: Tensor,
 ) -> Attended:
     """-> of every split: values weighted by exp(score - maximum) (x, h, r, slices, .), the sum of these weights, and
     the maximum (x, r, h). query, first_row: windows of queries, and of keys, (x, runs). batch_idx, kv_start: the
-    program's batch index, and the index of the first key. existing: the rows of it that are keys; None: all."""
+    program's batch index, and the index of the window's first row. start, stop: the rows of it that are keys."""
     features, rows, heads_per_key = shape.features, shape.rows, shape.heads_per_key
     dtype = features.dtype
     keys = _rows_of(k, [first_row]).to(dtype)  # x runs run h head_dim
@@ -201,10 +193,8 @@ def _attended(
     _, runs, run, h, _ = keys.shape
     offset = torch.arange(runs * run, dtype=torch.int32).view(runs, run, 1, 1)
     batch_idx, kv_start = (x[:, None, None, None, None] for x in (batch_idx, kv_start.int()))
-    inside = None
-    if existing is not None:
-        start, stop = (x.int()[:, None, None, None, None] for x in existing)
-        inside = (offset >= start) & (offset < stop)
+    start, stop = (x.int()[:, None, None, None, None] for x in (start, stop))
+    inside = (offset >= start) & (offset < stop)
 
     def scores(some: range) -> Tensor:
         """Of these rows: x runs run r h."""
@@ -214,7 +204,7 @@ def _attended(
         score = program.score(torch.stack([product(r) for r in some], 3), *indices)
         if features.masked:
             score = torch.where(program.mask(*indices), score, -inf)
-        return score if inside is None else torch.where(inside, score, -inf)
+        return torch.where(inside, score, -inf)
 
     if features.masked and shape.queries > 1:
         # A mask of its own for each row: cheaper made once than for the maximum and again for the exponentials.
@@ -226,8 +216,6 @@ def _attended(
     outs = []
     for r in range(rows):
         for j in range(v.shape[3]):
-            values = _rows_of(v[:, :, :, j], [first_row]).to(dtype)
-            if inside is not None:
-                values = torch.where(inside, values, 0.0)
+            values = torch.where(inside, _rows_of(v[:, :, :, j], [first_row]).to(dtype), 0.0)
             outs.append((probs[:, :, :, r, :, None] * values).sum((1, 2)))
     return torch.stack(outs, 2).unflatten(2, (rows, -1)), probs.sum((1, 2)), top
