@@ -41,12 +41,17 @@ def unpacked(argument: str, packed: Tensor, dims: str, parts: int) -> tuple[Tens
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast all three take its dtype, as F.scaled_dot_product_attention's do; fp64 stays."""
-    kind = q.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which has no autocast, and asked for it raises
+    if not casts(q):
         return q, k, v
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = (x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in (q, k, v))
     return q, k, v
+
+
+def casts(x: Tensor) -> bool:
+    """Is there autocast on its device?"""
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which raises where there never is one
 
 
 def length(argument: str, length: Any, total: int) -> int | torch.SymInt:

@@ -40,6 +40,21 @@ def is_kept(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+Lengths = tuple[Tensor, Tensor, int, int]  # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the rows of a call lie: the same for calls of the same shapes and lengths, whose signature it is, itself.
+
+    lengths: of rows in pages. dense: of others, which are an ordinary dense problem, the first one's page, and each
+    one's first key in its page and number of keys.
+    """
+
+    lengths: Lengths | None = None
+    dense: tuple[int, int, int] = (0, 0, 0)
+
+
 @dataclass(frozen=True)
 class CacheCall:
     """Arguments of the op that are tensors, in its order, and whether it shares tables.
@@ -180,15 +195,25 @@ class CacheCall:
 
     # Problems
 
-    def problem(self, options: Options, num_splits: int = 0) -> Problem:
-        """Attention of all rows, on the cache as it is after `append`."""
+    def problem(self, options: Options, num_splits: int = 0, layout: Layout | None = None) -> Problem:
+        """Attention of all rows, on the cache as it is after `append`. layout: the call's, where it is known."""
         if self.q.device.type != "cpu":
             return self.unread_problem(options, num_splits)
-        if (alike := self._as_dense(options)) is not None:
-            return alike
-        lengths = self.host_lengths
+        found = self.layout() if layout is None else layout
+        if found.lengths is not None:
+            return self._in_pages(found.lengths, options, num_splits, layout)
+        page, first, length = found.dense
+        k, v = (x[page : page + self.batch, first : first + length] for x in (self.k_cache, self.v_cache))
+        return Problem.of(self.q, k, v, None, *options, signature=layout)
+
+    def layout(self) -> Layout:
+        """The host reads lengths, and pages of rows that have one each."""
+        if (dense := self._as_dense()) is not None:
+            return Layout(dense=dense)
+        lengths, seqlen_q = self.host_lengths, self.q.shape[1]
+        cu_seqlens_q = torch.arange(self.batch + 1, dtype=torch.int32, device="cpu") * seqlen_q
         cu_seqlens_k = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
-        return self._in_pages(cu_seqlens_k, max(lengths, default=0), options)
+        return Layout((cu_seqlens_q, cu_seqlens_k, seqlen_q, max(lengths, default=0)))
 
     def unread_problem(self, options: Options, num_splits: int = 0) -> Problem:
         """The same, of which the host reads nothing."""
@@ -199,19 +224,21 @@ class CacheCall:
             sums = (lengths - leftpad[0] if leftpad else lengths).cumsum(0, dtype=torch.int32)
             return torch.cat([sums.new_zeros(1), sums])
 
-        cu_seqlens_k = self._kept("sums of lengths", (self.before, *leftpad), self.seqlen_new, make)
-        return self._in_pages(cu_seqlens_k, self.capacity, options, num_splits)
-
-    def _in_pages(self, cu_seqlens_k: Tensor, max_seqlen_k: int, options: Options, num_splits: int = 0) -> Problem:
         batch, seqlen_q = self.q.shape[:2]
+        cu_seqlens_k = self._kept("sums of lengths", (self.before, *leftpad), self.seqlen_new, make)
+        cu_seqlens_q = self._kept(
+            "sums of queries",
+            (),
+            (batch, seqlen_q),
+            lambda: torch.arange(batch + 1, dtype=torch.int32, device=self.q.device) * seqlen_q,
+        )
+        return self._in_pages((cu_seqlens_q, cu_seqlens_k, seqlen_q, self.capacity), options, num_splits)
 
-        def make() -> Tensor:
-            return torch.arange(batch + 1, dtype=torch.int32, device=self.q.device) * seqlen_q
-
-        cu_seqlens_q = self._kept("sums of queries", (), (batch, seqlen_q), make)
-        lengths = cu_seqlens_q, cu_seqlens_k, seqlen_q, max_seqlen_k
+    def _in_pages(
+        self, lengths: Lengths, options: Options, num_splits: int, signature: Hashable | None = None
+    ) -> Problem:
         cached = Cached(*lengths, self.table, self.cache_leftpad, num_splits)
-        return Problem.of(self.q.flatten(0, 1), self.k_cache, self.v_cache, cached, *options)
+        return Problem.of(self.q.flatten(0, 1), self.k_cache, self.v_cache, cached, *options, signature=signature)
 
     def _kept(self, what: str, of: tuple[Tensor, ...], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """A small tensor made `of` others, or of the numbers in the key: off the CPU it is a launch or more, and all
@@ -227,10 +254,15 @@ class CacheCall:
         new = self.seqlen_new
         return [seqlen + new - pad for seqlen, pad in zip(self.host_before, self.host_leftpad, strict=True)]
 
-    def _as_dense(self, options: Options) -> Problem | None:
-        """As an ordinary dense problem, which more engines serve: rows of one length, that lie at even distances."""
-        batch = self.batch
-        if not batch or self.columns != 1:
+    @property
+    def host_values(self) -> Hashable:
+        """All that the layout depends on, but for shapes."""
+        pages = tuple(self.host_first_page) if self.columns == 1 else ()
+        return tuple(self.host_before), tuple(self.host_leftpad), pages
+
+    def _as_dense(self) -> tuple[int, int, int] | None:
+        """As Layout has it, which more engines serve: rows of one length, that lie at even distances."""
+        if not self.batch or self.columns != 1:
             return None
         (length, *lengths), (pad, *pads), (page, *pages) = self.host_lengths, self.host_leftpad, self.host_first_page
         if not length:  # its page may be any number
@@ -238,8 +270,7 @@ class CacheCall:
         consecutive = all(other == page + n for n, other in enumerate(pages, 1))
         if not consecutive or any(other != length for other in lengths) or any(other != pad for other in pads):
             return None
-        k, v = (x.narrow(0, page, batch).narrow(1, pad, length) for x in (self.k_cache, self.v_cache))
-        return Problem.of(self.q, k, v, None, *options)
+        return page, pad, length
 
     def row(self, number: int) -> CacheCall:
         """One row of the batch as a call of its own, after `append`, and after `rotated`.

@@ -13,15 +13,17 @@ with COMPILED_FA_CHECK=1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cache_validation, engines, registration
-from .cache_call import CacheCall
-from .problem import Options, Problem
+from . import cache_validation, engines, registration, signatures
+from .cache_call import CacheCall, Layout
+from .caches import Cache
+from .problem import Options, Problem, lse_dtype
 
 NAME = "attention_with_kvcache"
 SCHEMA = (
@@ -43,22 +45,42 @@ class _How(NamedTuple):
     shares_tables: bool = False
 
 
-def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, _How]:
-    """What can be told without reading a tensor."""
+class _RightCall:
+    """A call that was checked without reading a tensor. By identity, what all calls like it have in common."""
+
+
+_right_calls: Cache[Hashable, _RightCall] = Cache("checked calls of caches", entries=1024)
+_layouts: Cache[Hashable, Layout] = Cache("layouts of caches", entries=1024)
+
+
+def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, _How, _RightCall | None]:
+    """What can be told without reading a tensor; of a call like one before it, it was told then."""
     options, how = Options(*arguments[TENSORS : TENSORS + SCORES]), _How(*arguments[TENSORS + SCORES :])
     make: Callable[..., CacheCall] = CacheCall
     call = make(*arguments[:TENSORS], shares_tables=how.shares_tables)
-    cache_validation.kvcache(call, options, how.num_splits)
-    return call, options, how
+
+    def check() -> _RightCall:
+        cache_validation.kvcache(call, options, how.num_splits)
+        return _RightCall()
+
+    if (key := signatures.of_call(arguments)) is None:
+        check()
+        return call, options, how, None
+    return call, options, how, _right_calls.get(key, check)
 
 
-def _problems(call: CacheCall, options: Options, num_splits: int) -> list[Problem]:
+def _layout(call: CacheCall, consecutive: bool) -> Layout:
+    cache_validation.kvcache_lengths(call, consecutive)
+    return call.layout()
+
+
+def _problems(call: CacheCall, options: Options, num_splits: int, layout: Layout | None) -> list[Problem]:
     """One for all rows; with num_splits=1 one a row, where an engine may do otherwise with a row beside others.
 
     (On a GPU the kernels do not: a tile belongs to one row, and takes that row's keys in their order.)
     """
     if num_splits != 1 or call.batch < 2 or call.q.device.type != "cpu":
-        return [call.problem(options, num_splits)]
+        return [call.problem(options, num_splits, layout)]
     problems, slopes = [], options.alibi_slopes
     for n in range(call.batch):
         own = options if slopes is None or slopes.dim() == 1 else options._replace(alibi_slopes=slopes[n : n + 1])
@@ -73,35 +95,42 @@ def _laid_out(problem: Problem, batch: int, out: Tensor, lse: Tensor) -> tuple[T
     return out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
 
 
-@torch.no_grad()
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call, options, how = _checked(arguments)
-    consecutive = options.causal or options.window_left >= 0 or options.window_right >= 0
-    cache_validation.kvcache_values(call, consecutive)
-    if not call.batch or not call.q.shape[1]:
-        call.rotated(how.rotary_interleaved, consecutive).append()
-        return _empty(call)
-    call = call.rotated(how.rotary_interleaved, consecutive)
-    # An engine asked for by name that cannot serve says so before the cache is written.
-    routes = [engines.select(problem, "forward", how.engine) for problem in _problems(call, options, how.num_splits)]
-    call.append()
-    batch = call.batch // len(routes)
-    found = [_laid_out(route.problem, batch, *route.forward()) for route in routes]
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+        call, options, how, like = _checked(arguments)
+        consecutive = options.causal or options.window_left >= 0 or options.window_right >= 0
+        layout = None
+        if cache_validation.reads_values(call):
+            if like is None or call.q.device.type != "cpu":
+                cache_validation.kvcache_lengths(call, consecutive)
+            else:
+                layout = _layouts.get((like, call.host_values), lambda: _layout(call, consecutive))
+            cache_validation.kvcache_pages(call)
+        call = call.rotated(how.rotary_interleaved, consecutive)
+        if not call.batch or not call.q.shape[1]:
+            call.append()
+            return _empty(call)
+        # An engine asked for by name that cannot serve says so before the cache is written.
+        problems = _problems(call, options, how.num_splits, layout)
+        routes = [engines.select(problem, "forward", how.engine) for problem in problems]
+        call.append()
+        batch = call.batch // len(routes)
+        found = [_laid_out(route.problem, batch, *route.forward()) for route in routes]
     out, lse = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
     return out, lse
 
 
 def _empty(call: CacheCall) -> tuple[Tensor, Tensor]:
-    q, lse_dtype = call.q, torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    q = call.q
     batch, seqlen_q, nheads, _ = q.shape
     out = q.new_empty((batch, seqlen_q, nheads, call.v_cache.shape[-1]))
-    return out, q.new_empty((batch, nheads, seqlen_q), dtype=lse_dtype)
+    return out, q.new_empty((batch, nheads, seqlen_q), dtype=lse_dtype(q.dtype))
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Shapes depend on no number; one that tracing knows as a symbol is checked when the op is called.
     known = [0 if isinstance(argument, torch.SymInt) else argument for argument in arguments]
-    call, _, _ = _checked(tuple(known))
+    call, *_ = _checked(tuple(known))
     return _empty(call)
 
 

@@ -10,7 +10,17 @@ from .cache_call import CacheCall
 from .problem import Options, Problem
 from .validation import DTYPES, length, refuse, tensor
 
-__all__ = ["keys_and_values", "kvcache", "kvcache_values", "queries_and_keys", "refuse", "rotary", "rotary_dim"]
+__all__ = [
+    "keys_and_values",
+    "kvcache",
+    "kvcache_lengths",
+    "kvcache_pages",
+    "queries_and_keys",
+    "reads_values",
+    "refuse",
+    "rotary",
+    "rotary_dim",
+]
 
 QUERIES = "batch, seqlen_q, nheads, head_dim"
 CACHE = "batch_cache, seqlen_cache, nheads_k, head_dim"
@@ -215,17 +225,15 @@ def _new_keys(call: CacheCall) -> None:
             refuse(like, "memory of its own in every element where k is written to it", f"strides {cache.stride()}")
 
 
-def kvcache_values(call: CacheCall, consecutive: bool) -> None:
-    """What must be read to be told: on a CPU always, elsewhere (a host sync) where COMPILED_FA_CHECK=1.
+def reads_values(call: CacheCall) -> bool:
+    """Is what must be read to be told checked? On a CPU always, elsewhere (a host sync) where COMPILED_FA_CHECK=1."""
+    return bool(call.batch) and (call.q.device.type == "cpu" or config.checks_values())
 
-    consecutive: as CacheCall.rotated's.
-    """
-    if not call.batch or (call.q.device.type != "cpu" and not config.checks_values()):
-        return
+
+def kvcache_lengths(call: CacheCall, consecutive: bool) -> None:
+    """What lengths tell, and pages of rows that have one each. consecutive: as CacheCall.rotated's."""
     _rows_fit(call)
-    if call.block_table is not None:
-        _pages(call, call.block_table)
-    elif call.cache_batch_idx is not None:
+    if call.cache_batch_idx is not None:
         pages, count = call.host_first_page, call.k_cache.shape[0]
         if min(pages) < 0 or max(pages) >= count:
             refuse("cache_batch_idx", f"rows of k_cache, from 0 to {count - 1}", f"{min(pages)} to {max(pages)}")
@@ -253,9 +261,11 @@ def _rows_fit(call: CacheCall) -> None:
                 refuse("cache_leftpad", f"from 0 to the row's cache_seqlens, {length_of_row}", pad)
 
 
-def _pages(call: CacheCall, block_table: Tensor) -> None:
+def kvcache_pages(call: CacheCall) -> None:
     """Pages in use exist, no two new keys go to one place, and none to where another row has keys."""
-    count, new = call.k_cache.shape[0], call.seqlen_new
+    count, new, block_table = call.k_cache.shape[0], call.seqlen_new, call.block_table
+    if block_table is None:
+        return
     # Most tables hold nothing but pages; else what lies behind a row's last one, and before its first, may be anything.
     if not validation.blocks(block_table, count):
         used = block_table[_in_use(call, block_table)]

@@ -8,6 +8,7 @@ B batch, Sq queries, Sn new keys, H and Hk query and key heads, D and Dv head_di
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TypeVar, cast
 
 import torch
@@ -111,9 +112,11 @@ def flash_attn_with_kvcache(
     shares_tables = not torch.compiler.is_compiling()
     how = interleaved, validation.length("num_splits", num_splits), engines.requested(), shares_tables
     forward_mode.refuse_tangents("flash_attn_with_kvcache", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    q, k, v = _autocast(q, k_cache), _autocast(k, k_cache), _autocast(v, k_cache)
+    if arguments.casts(k_cache) and k_cache.is_floating_point():  # to the dtype of the cache, which stays
+        q, k, v = _cast(q, k_cache), _cast(k, k_cache), _cast(v, k_cache)
     tables = rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
-    with torch.no_grad():  # else the cache would be a result of all that was ever written to it
+    # Else the cache would be a result of all that was ever written to it.
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         out, lse = cache_ops.attention_with_kvcache(q, k_cache, v_cache, k, v, *tables, *scores, *how)
     return (out, lse) if returns_lse else out
 
@@ -121,10 +124,5 @@ def flash_attn_with_kvcache(
 Given = TypeVar("Given", Tensor, Tensor | None)
 
 
-def _autocast(x: Given, cache: Tensor) -> Given:
-    """Under autocast in the dtype of the cache, which stays."""
-    if x is None:
-        return x
-    kind = x.device.type
-    casts = kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and cache.is_floating_point()
-    return x.to(cache.dtype) if casts else x
+def _cast(x: Given, cache: Tensor) -> Given:
+    return x if x is None or not x.is_floating_point() else x.to(cache.dtype)

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import batching, engines, forward_mode, registration, tangent, validation
+from . import batching, engines, forward_mode, registration, signatures, tangent, validation
 from .caches import Cache
 from .inductor import lowering
 from .problem import Options, Packed, Problem
@@ -79,15 +79,9 @@ def _dense_problem(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Prob
 
 def _seen(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Hashable | None:
     """All that checks, and who chooses an engine, may see of a dense call; None: more than shapes and numbers."""
-    if not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN):
-        return None
     if any(isinstance(option, Tensor) for option in options):
         return None
-    of_q, of_k, of_v = ((x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v))
-    return of_q, of_k, of_v, options
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    return signatures.of_call((q, k, v, *options))
 
 
 def _remembered(problem: Problem, engine: str) -> _RightCall:

@@ -174,6 +174,7 @@ class Problem:
         dropout_p: float = 0.0,
         dropout_seed: Tensor | None = None,
         *,
+        signature: Hashable | None = None,
         bias: Tensor | None = None,
         bias_gradient: bool = False,
     ) -> Problem:
@@ -181,7 +182,7 @@ class Problem:
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         window = Window.of(causal, window_left, window_right)
         numbers = scale, window, softcap, alibi_slopes, dropout_p, dropout_seed
-        return cls(q, k, v, *numbers, packed, bias=bias, bias_gradient=bias_gradient)
+        return cls(q, k, v, *numbers, packed, signature, bias=bias, bias_gradient=bias_gradient)
 
     @property
     def batch(self) -> int:

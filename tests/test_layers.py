@@ -22,6 +22,7 @@ LAYERS = [
         "rotation",
         "seed",
         "timing",
+        "signatures",
         "turing",
         "without_numpy",
     },

@@ -79,6 +79,8 @@ def inlines(problem: Problem, direction: Direction) -> bool:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out, shaped as q with v's head_dim, and lse, (B, H, Sq) or, packed, (H, T)."""
+    if problem.packed is None or problem.packed.block_table is not None:  # short sequences are packed, and not in pages
+        return decode.forward(problem)
     decodes = decode.unsupported_reason(problem) is None
     if decodes and (decode.is_worth_code(problem) or short_varlen.unsupported_reason(problem) is not None):
         return decode.forward(problem)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...problem import Problem, once_a_call
 from ...tuning import current
-from . import step
 from .decode_plan import page_size_of, plan
 from .split_table import Rows, located, sizes
 
@@ -65,23 +64,19 @@ def rule(problem: Problem, instead_of: str) -> str:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out and lse, as the engine's."""
-    k, v = _rows(problem)
-    if k is None or v is None:
-        raise ValueError("k and v must be rows of memory: unsupported_reason tells")
-    q, batch, queries = problem.q, problem.batch, problem.mean_seqlens[0]
-    planned = plan(problem, k, queries)
-    nheads_k, head_dim_v = problem.v.shape[-2:]
-    rows = queries * problem.heads_per_key
+    q, batch, queries, packed = problem.q, problem.batch, problem.mean_seqlens[0], problem.packed
+    planned = plan(problem)
+    nheads_k, heads_per_key, head_dim_v = problem.k.shape[-2], problem.heads_per_key, problem.v.shape[-1]
     # Query head h reads key head h // heads_per_key.
-    by_key = (q if q.stride(-1) == 1 else q.contiguous()).view(batch, queries, nheads_k, problem.heads_per_key, -1)
-    by_key = by_key.to(problem.lse_dtype)
-    windows = k.windows(planned.run), v.windows(planned.run, step.slices(head_dim_v, rows, q.dtype))
-    tables = planned.dense or [located(problem.packed, k, planned.run, plan) for plan in planned.split_plans]
-    found = [planned.kernel([by_key, *windows, *table.flatten(), *planned.arguments]) for table in tables]
+    by_key = (q if q.stride(-1) == 1 else q.contiguous()).view(batch, queries, nheads_k, heads_per_key, -1)
+    of_k, of_v = planned.windows
+    tensors = by_key.to(problem.lse_dtype), problem.k.as_strided(*of_k), problem.v.as_strided(*of_v)
+    tables = planned.dense or [located(packed, planned.k, planned.run, some).flatten() for some in planned.split_plans]
+    found = [planned.kernel([*tensors, *table, *planned.arguments]) for table in tables]
     out, lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
     if queries > 1:
         out, lse = (x.unflatten(2, (queries, -1)).transpose(1, 2) for x in (out, lse))
     lse = lse.reshape(batch, queries, -1)
-    if problem.packed is None:
+    if packed is None:
         return out.reshape(batch, queries, -1, head_dim_v).contiguous(), lse.mT.contiguous()
     return out.reshape(batch * queries, -1, head_dim_v).contiguous(), lse.flatten(0, 1).mT.contiguous()

@@ -19,61 +19,81 @@ from ...memory import keep_freed
 from ...problem import Problem
 from ...scores import Window
 from ...scores.arguments import Features, ScoreArguments
-from ...tuning import current
+from ...tuning import Tuning, current
 from . import step
-from .split_table import Pages, Rows, SplitPlan, SplitTable, located, sizes, split_plan
+from .split_table import Pages, Rows, SplitPlan, Strides, located, sizes, split_plan
 
 
 class DecodePlan(NamedTuple):
     kernel: Compiled
     lengths: Tensor  # keys of every sequence
     arguments: list[Tensor]  # of the score program
+    k: Rows
+    windows: tuple[Strides, Strides]  # of k and v
     run: int  # keys
     split_plans: list[SplitPlan]  # of sequences that run together
-    dense: list[SplitTable]  # the same, where they lie, if keys are dense
+    dense: list[list[Tensor]]  # tables of the same, where they lie, if keys are dense
+    tuned: Tuning  # held, so that no other has its id
 
 
 _plans: Cache[object, DecodePlan] = Cache("decode plans", entries=64)
 
 
-def plan(problem: Problem, k: Rows, queries: int) -> DecodePlan:
-    """For sequences with so many queries each."""
-    packed = problem.packed
-    lengths = [k.tensor.shape[1]] * problem.batch if packed is None else packed.host_lengths[1]
-    heads_and_dims = problem.q.shape[-2:], problem.v.shape[-2:]
-    program = problem.softmax_scale, problem.softcap, problem.window
-    slopes = problem.alibi_slopes is not None
-    pages = page_size_of(problem), _max_num_blocks(problem)
-    how = eager_reason(), slopes, packed is None, *pages, k.total, k.per_block
-    key = queries, *lengths, *how, *heads_and_dims, problem.q.dtype, *program, current().split_kv
-    found = _plans.get(key, lambda: _made(problem, k, queries, lengths))
-    if slopes:  # everybody has their own
-        found = found._replace(arguments=_arguments(problem, queries, found.lengths))
+def plan(problem: Problem) -> DecodePlan:
+    found = _plans.get(_key(problem), lambda: _made(problem))
+    if problem.alibi_slopes is not None:  # everybody has their own
+        found = found._replace(arguments=_arguments(problem, found.lengths))
     return found
 
 
-def _made(problem: Problem, k: Rows, queries: int, lengths: Sequence[int]) -> DecodePlan:
-    q, head_dim_v = problem.q, problem.v.shape[-1]
+def _key(problem: Problem) -> object:
+    tuned = current()
+    if problem.signature is not None:
+        return problem.signature, id(tuned), eager_reason()
+    q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
+    lengths = () if packed is None else tuple(packed.host_lengths[1])
+    tensors = (q.shape, q.dtype), (k.shape, k.stride()), (v.shape, v.stride())
+    program = problem.softmax_scale, problem.softcap, problem.window, problem.alibi_slopes is not None
+    return (
+        lengths,
+        *tensors,
+        *program,
+        packed is None,
+        page_size_of(problem),
+        _max_num_blocks(problem),
+        id(tuned),
+        eager_reason(),
+    )
+
+
+def _made(problem: Problem) -> DecodePlan:
+    q, packed, head_dim_v = problem.q, problem.packed, problem.v.shape[-1]
+    k, v = Rows.of(problem.k), Rows.of(problem.v)
+    if k is None or v is None:
+        raise ValueError("k and v must be rows of memory: decode.unsupported_reason tells")
+    lengths = [problem.k.shape[1]] * problem.batch if packed is None else packed.host_lengths[1]
+    queries, rows = problem.mean_seqlens[0], problem.mean_seqlens[0] * problem.heads_per_key
     lengths_k = torch.tensor(lengths, dtype=torch.int32, device=q.device)
     program = problem.program(queries, lengths_k)
     features = Features.of(program, problem.window_in_force != Window(), problem.lse_dtype, q.dtype)
-    page_size = page_size_of(problem)
-    split, run = sizes(max(lengths), page_size)
+    pages = Pages(page_size_of(problem), _max_num_blocks(problem))
+    split, run = sizes(max(lengths), pages.size)
     kernel = step.decoding(step.Shape(features, queries, problem.heads_per_key, (q.shape[-1], head_dim_v)))
     keep_freed()
     seen = [problem.window.keys_seen_by_any(length - queries, length - 1, length) for length in lengths]
     spans = [(max(0, start // split * split), max(0, stop)) for start, stop in seen]
     score_bytes_a_key = features.dtype.itemsize * queries * q.shape[-2]
     groups = _groups(lengths, current().split_kv.score_bytes // score_bytes_a_key)
-    pages = Pages(page_size, _max_num_blocks(problem))
     split_plans = [split_plan(spans[first:stop], first, split, run, pages) for first, stop in groups]
-    dense = [located(None, k, run, some) for some in split_plans] if problem.packed is None else []
-    return DecodePlan(kernel, lengths_k, _arguments(problem, queries, lengths_k), run, split_plans, dense)
+    dense = [located(None, k, run, some).flatten() for some in split_plans] if packed is None else []
+    windows = k.windows(run), v.windows(run, step.slices(head_dim_v, rows, q.dtype))
+    tables = _arguments(problem, lengths_k), k, windows, run, split_plans, dense
+    return DecodePlan(kernel, lengths_k, *tables, current())
 
 
-def _arguments(problem: Problem, queries: int, lengths: Tensor) -> list[Tensor]:
+def _arguments(problem: Problem, lengths: Tensor) -> list[Tensor]:
     """Of the score program. Query heads are counted as the step counts them: the first of every key head first."""
-    program = problem.program(queries, lengths)
+    program = problem.program(problem.mean_seqlens[0], lengths)
     if program.alibi_slopes is not None:
         by_key = program.alibi_slopes.unflatten(1, (problem.k.shape[-2], -1))
         program = replace(program, alibi_slopes=by_key.mT.flatten(1))

@@ -92,13 +92,14 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         raise ValueError("q, k and v must be packed rows of memory: unsupported_reason tells")
     plan = _plan(problem, packed)
     (total, nheads, _), (nheads_k, head_dim_v) = q.shape, problem.v.shape[-2:]
-    queries = q_rows.windows(plan.queries).unflatten(2, (nheads_k, problem.heads_per_key))
+    queries = q.as_strided(*q_rows.windows(plan.queries)).unflatten(2, (nheads_k, problem.heads_per_key))
     slices = step.slices(head_dim_v, plan.queries * problem.heads_per_key, q.dtype)
     out = new_empty(q, (total + 1, nheads, head_dim_v))
     lse = q.new_empty(total + 1, nheads, dtype=problem.lse_dtype)
     for group in plan.groups:
-        windows = k.windows(group.run), v.windows(group.run, slices)
-        some_out, some_lse = plan.kernel([queries, *windows, *group.tables, *group.arguments])
+        keys = problem.k.as_strided(*k.windows(group.run))
+        values = problem.v.as_strided(*v.windows(group.run, slices))
+        some_out, some_lse = plan.kernel([queries, keys, values, *group.tables, *group.arguments])
         out.index_copy_(0, group.rows, some_out.view(-1, nheads, head_dim_v))
         lse.index_copy_(0, group.rows, some_lse.view(-1, nheads))
     return out[:total], lse[:total].mT.contiguous()

@@ -35,33 +35,36 @@ class SplitTable(Flattened):
     num_splits: Tensor  # (b,)
 
 
-class Rows(NamedTuple):
-    """k or v as rows of memory that are `stride` apart."""
+Strides = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides, for Tensor.as_strided
 
-    tensor: Tensor
+
+class Rows(NamedTuple):
+    """k or v as rows of memory, at even distances."""
+
+    heads: int
+    head_dim: int
+    strides: tuple[int, int]  # from one row to the next, and from one head
     total: int
-    stride: int
     per_block: int  # rows from one sequence, or one page, to the next
 
     @classmethod
     def of(cls, x: Tensor) -> Rows | None:
         """None: it is not made of such rows."""
-        x = x if x.dim() == 4 else x[None]
-        blocks, rows, _, head_dim = x.shape
-        outer, stride, _, inner = x.stride()
+        shape, strides = x.shape, x.stride()
+        (blocks, rows, heads, head_dim), (outer, stride, of_head, inner) = (1, *shape)[-4:], (0, *strides)[-4:]
         if (inner != 1 and head_dim != 1) or stride <= 0 or (blocks > 1 and (outer <= 0 or outer % stride)):
             return None
         per_block = outer // stride if blocks > 1 else rows
-        return cls(x, (blocks - 1) * per_block + rows, stride, per_block)
+        return cls(heads, head_dim, (stride, of_head), (blocks - 1) * per_block + rows, per_block)
 
-    def windows(self, run: int, slices: int = 0) -> Tensor:
+    def windows(self, run: int, slices: int = 0) -> Strides:
         """Row n and those after it, for every n: (rows, run, heads, head_dim), overlapping; or head_dim in slices."""
-        heads, head_dim = self.tensor.shape[2:]
-        shape, strides = (self.total - run + 1, run, heads), (self.stride, self.stride, self.tensor.stride(2))
+        row, head = self.strides
+        shape, strides = (self.total - run + 1, run, self.heads), (row, row, head)
         if not slices:
-            return self.tensor.as_strided((*shape, head_dim), (*strides, 1))
-        width = head_dim // slices
-        return self.tensor.as_strided((*shape, slices, width), (*strides, width, 1))
+            return (*shape, self.head_dim), (*strides, 1)
+        width = self.head_dim // slices
+        return (*shape, slices, width), (*strides, width, 1)
 
 
 class Pages(NamedTuple):
