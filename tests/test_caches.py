@@ -122,6 +122,22 @@ def test_compiling_one_kernel_does_not_hold_up_another(compiled_steps, monkeypat
     assert torch.allclose(capped, call(softcap=3.0), atol=1e-6)
 
 
+def test_all_graphs_are_compiled_by_one_thread(monkeypatch):
+    """Two are a crash where torch 2.11 has CUDA, and the machine has not."""
+    threads: list[int] = []
+    monkeypatch.setattr(graphs, "compile_graph", lambda *_: threads.append(threading.get_ident()))
+
+    def compile_one():
+        graphs.compiled_graph(print, lambda size: [], "a test")
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            pool.submit(compile_one).result()
+    compile_one()
+    assert len(threads) == 3
+    assert set(threads) == {threads[0]} != {threading.get_ident()}
+
+
 def test_kernels_compiled_at_once_are_right(compiled_steps):
     """Six pieces of code by six threads; each with its own options for Inductor."""
     STEPS.clear()

@@ -6,14 +6,16 @@ recompile limits of the model that calls us. So a graph is traced once with symb
 itself.
 
 Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs; its check for bfloat16;
-torch._inductor.cpp_builder.get_cpp_compiler; FakeTensor and statically_known_true; the counters of torch._dynamo.utils,
-without which nobody is told why they wait for less than two seconds. Tried with torch 2.11.0, 2.13.0 and 2.15.0.
+torch._inductor.cpp_builder.get_cpp_compiler; PythonWrapperCodegen.bind_input_symbol; FakeTensor and
+statically_known_true; the counters of torch._dynamo.utils, without which nobody is told why they wait for less than two
+seconds. Tried with torch 2.11.0, 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +34,19 @@ Size = Callable[[str, int], Any]  # (name, typical value) -> a symbolic size, th
 # Inductor compiles one graph at a time: in two threads at once it fails, and FX has one flag for all threads that says
 # whether somebody traces. Threads whose code is compiled already (caches.py) wait for nobody.
 _lock = threading.Lock()
+
+# The thread that compiles: the caller's may be inside someone's tracing or dispatch modes. One for all graphs: of torch
+# 2.11 with CUDA, on a machine without, fake tensors in a second one are a crash.
+_worker = ThreadPoolExecutor(1, "compiled_fa compiles")
+
+
+def _start_anew() -> None:
+    global _worker
+    _worker = ThreadPoolExecutor(1, "compiled_fa compiles")
+
+
+if hasattr(os, "register_at_fork"):  # a child does not have the thread
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 @functools.cache
@@ -58,11 +73,9 @@ def compiled_graph(
     example_inputs: makes fake tensors of symbolic sizes. what: its name, for people who wait. decompositions: of
     operators, besides Inductor's own. config: Inductor's.
     """
-    # A thread of its own: the caller's may be inside someone's tracing or dispatch modes.
-    with ThreadPoolExecutor(1) as pool:
-        misses = _cache_misses()
-        compilation = pool.submit(compile_graph, function, example_inputs, config, decompositions)
-        return result_of(compilation, what, lambda: _cache_misses() != misses)
+    misses = _cache_misses()
+    compilation = _worker.submit(compile_graph, function, example_inputs, config, decompositions)
+    return result_of(compilation, what, lambda: _cache_misses() != misses)
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -106,6 +119,8 @@ def compile_graph(
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    if _asserts_name_sizes():
+        config = {**config, "size_asserts": True}
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with _lock, torch.inference_mode(False), torch.no_grad(), inductor_config.patch(config):
         with mode:
@@ -115,6 +130,13 @@ def compile_graph(
             artifact: Any = compile_fx_inner(traced, inputs)
     call: Compiled = artifact.current_callable
     return call
+
+
+def _asserts_name_sizes() -> bool:
+    """Does Inductor, as of torch 2.14, name the symbols of inputs' sizes only where it asserts them?"""
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+    return hasattr(PythonWrapperCodegen, "bind_input_symbol")
 
 
 @contextlib.contextmanager
