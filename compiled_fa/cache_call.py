@@ -48,11 +48,12 @@ class Layout:
     """Where the rows of a call lie: the same for calls of the same shapes and lengths, whose signature it is, itself.
 
     lengths: of rows in pages. dense: of others, which are an ordinary dense problem, the first one's page, and each
-    one's first key in its page and number of keys.
+    one's first key in its page and number of keys. fixed: the pages are the same, too.
     """
 
     lengths: Lengths | None = None
     dense: tuple[int, int, int] = (0, 0, 0)
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,12 @@ class CacheCall:
     def layout(self) -> Layout:
         """The host reads lengths, and pages of rows that have one each."""
         if (dense := self._as_dense()) is not None:
-            return Layout(dense=dense)
+            return Layout(dense=dense, fixed=True)
         lengths, seqlen_q = self.host_lengths, self.q.shape[1]
         cu_seqlens_q = torch.arange(self.batch + 1, dtype=torch.int32, device="cpu") * seqlen_q
         cu_seqlens_k = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
-        return Layout((cu_seqlens_q, cu_seqlens_k, seqlen_q, max(lengths, default=0)))
+        lengths_of_rows = cu_seqlens_q, cu_seqlens_k, seqlen_q, max(lengths, default=0)
+        return Layout(lengths_of_rows, fixed=self.columns == 1)
 
     def unread_problem(self, options: Options, num_splits: int = 0) -> Problem:
         """The same, of which the host reads nothing."""
@@ -234,11 +236,10 @@ class CacheCall:
         )
         return self._in_pages((cu_seqlens_q, cu_seqlens_k, seqlen_q, self.capacity), options, num_splits)
 
-    def _in_pages(
-        self, lengths: Lengths, options: Options, num_splits: int, signature: Hashable | None = None
-    ) -> Problem:
-        cached = Cached(*lengths, self.table, self.cache_leftpad, num_splits)
-        return Problem.of(self.q.flatten(0, 1), self.k_cache, self.v_cache, cached, *options, signature=signature)
+    def _in_pages(self, lengths: Lengths, options: Options, num_splits: int, layout: Layout | None = None) -> Problem:
+        fixed = layout is not None and layout.fixed
+        cached = Cached(*lengths, self.table, self.cache_leftpad, num_splits, fixed)
+        return Problem.of(self.q.flatten(0, 1), self.k_cache, self.v_cache, cached, *options, signature=layout)
 
     def _kept(self, what: str, of: tuple[Tensor, ...], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """A small tensor made `of` others, or of the numbers in the key: off the CPU it is a launch or more, and all

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -69,9 +70,38 @@ def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, _How, _Rig
     return call, options, how, _right_calls.get(key, check)
 
 
-def _layout(call: CacheCall, consecutive: bool) -> Layout:
-    cache_validation.kvcache_lengths(call, consecutive)
-    return call.layout()
+class _LastTable:
+    """Of calls with one layout: the block table that the last one had, and the layout of calls with this very table."""
+
+    def __init__(self, table: Tensor, layout: Layout) -> None:
+        with torch.inference_mode(False):
+            self.table, self.layout = table.clone(), replace(layout, fixed=True)
+
+
+_last_tables: Cache[Layout, list[_LastTable]] = Cache("block tables", 64, 16 << 20, lambda last: last[0].table.nbytes)
+
+
+def _layout(call: CacheCall, consecutive: bool, like: _RightCall) -> Layout:
+    """Of a call on a CPU, checked. What the host reads is compared: NumPy writes to tensors without a word."""
+
+    def checked() -> Layout:
+        cache_validation.kvcache_lengths(call, consecutive)
+        return call.layout()
+
+    def first(table: Tensor) -> list[_LastTable]:
+        cache_validation.kvcache_pages(call)
+        return [_LastTable(table, layout)]
+
+    layout, table = _layouts.get((like, call.host_values), checked), call.block_table
+    if table is None:
+        return layout
+    last = _last_tables.get(layout, lambda: first(table))
+    (known,) = last
+    if torch.equal(known.table, table):
+        return known.layout
+    cache_validation.kvcache_pages(call)
+    last[0] = _LastTable(table, layout)
+    return layout
 
 
 def _problems(call: CacheCall, options: Options, num_splits: int, layout: Layout | None) -> list[Problem]:
@@ -101,11 +131,11 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
         consecutive = options.causal or options.window_left >= 0 or options.window_right >= 0
         layout = None
         if cache_validation.reads_values(call):
-            if like is None or call.q.device.type != "cpu":
-                cache_validation.kvcache_lengths(call, consecutive)
+            if like is not None and call.q.device.type == "cpu":
+                layout = _layout(call, consecutive, like)
             else:
-                layout = _layouts.get((like, call.host_values), lambda: _layout(call, consecutive))
-            cache_validation.kvcache_pages(call)
+                cache_validation.kvcache_lengths(call, consecutive)
+                cache_validation.kvcache_pages(call)
         call = call.rotated(how.rotary_interleaved, consecutive)
         if not call.batch or not call.q.shape[1]:
             call.append()

@@ -99,6 +99,11 @@ class Packed:
         return 0
 
     @property
+    def is_fixed(self) -> bool:
+        """Do all calls with the problem's signature have their keys in the same places?"""
+        return False
+
+    @property
     def one_page_each(self) -> bool:
         """Do keys lie in pages, and each sequence's in one: in one piece?"""
         return self.block_table is not None and self.block_table.shape[1] == 1
@@ -119,10 +124,12 @@ class Cached(Packed):
     leftpad: int32 (batch,), the first key of each row, before which its pages hold nothing; None: 0. The keys that
     cu_seqlens_k counts, and the score program, begin with it.
     num_splits: of each row's keys, where engines split them; 0: as they find best.
+    fixed: is_fixed.
     """
 
     leftpad: Tensor | None = None
     num_splits: int = 0
+    fixed: bool = False
 
     @property
     def first_keys(self) -> Tensor | None:
@@ -131,6 +138,10 @@ class Cached(Packed):
     @property
     def asked_splits(self) -> int:
         return self.num_splits
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.fixed
 
 
 @dataclass(frozen=True)

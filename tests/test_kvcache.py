@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 import kv
+import numpy as np
 import pytest
 import test_decode
 import torch
@@ -19,7 +20,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compiled_fa
-from compiled_fa import clear_caches, flash_attn_func, flash_attn_with_kvcache, tuning
+from compiled_fa import clear_caches, flash_attn_func, flash_attn_with_kvcache, tuning, use_engine
 from compiled_fa.engines import split_kv, tiled
 from compiled_fa.engines.split_kv import decode
 from compiled_fa.tuning.gpu_tiles import GPU
@@ -223,6 +224,40 @@ def test_cache_seqlens_as_an_int_or_none():
     paged = small(k=None, v=None, cache_seqlens=None, q=torch.randn(1, 1, 4, 8), block_table=table)
     k, v = (paged[name].flip(0).flatten(0, 1)[None] for name in ("k_cache", "v_cache"))
     assert torch.allclose(flash_attn_with_kvcache(**paged), flash_attn_func(paged["q"], k, v), atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["split_kv", "tiled"])
+def test_tables_and_lengths_that_are_written_to_without_a_word(engine, monkeypatch):
+    """Calls alike are checked once, and their pages found once: no longer than they are alike. NumPy leaves no trace."""
+    test_decode.shrink(monkeypatch)
+    pages: dict[str, Any] = {name: torch.randn(6, 16, 2, 8) for name in ("k_cache", "v_cache")}
+    table, lengths = np.array([[0, 1, 2], [3, 4, 5]], dtype=np.int32), np.array([40, 40], dtype=np.int32)
+    q = torch.randn(2, 1, 4, 8)
+    given: dict[str, Any] = {"block_table": torch.from_numpy(table), "cache_seqlens": torch.from_numpy(lengths)}
+
+    def check():
+        with use_engine(engine):
+            out = flash_attn_with_kvcache(q, **pages, **given)
+        for b, (row, length) in enumerate(zip(table.tolist(), lengths.tolist(), strict=True)):
+            used = row[: -(-length // 16)]
+            k, v = (x[used].flatten(0, 1)[None, :length] for x in pages.values())
+            assert torch.allclose(out[b : b + 1], flash_attn_func(q[b : b + 1], k, v), atol=1e-5)
+
+    for change in (lambda: None, lambda: None, table.sort, lambda: table[::-1].sort(0), lambda: lengths.fill(33)):
+        change()
+        for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+            with mode:
+                check()
+    table[:] = [[5, 4, 0], [1, 2, 3]]
+    check()
+    table[1, 2] = 6
+    with pytest.raises(ValueError, match="block_table must be numbers of k_cache's pages, from 0 to 5, got 0 to 6"):
+        check()
+    lengths[:] = [40, 31]  # nobody uses that page
+    check()
+    lengths[:] = [40, 49]
+    with pytest.raises(ValueError, match="block_table must be of enough pages of 16 for 49 keys, got 3"):
+        check()
 
 
 def test_window_and_flags_in_any_form():

@@ -71,7 +71,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     by_key = (q if q.stride(-1) == 1 else q.contiguous()).view(batch, queries, nheads_k, heads_per_key, -1)
     of_k, of_v = planned.windows
     tensors = by_key.to(problem.lse_dtype), problem.k.as_strided(*of_k), problem.v.as_strided(*of_v)
-    tables = planned.dense or [located(packed, planned.k, planned.run, some).flatten() for some in planned.split_plans]
+    tables = planned.tables or [located(packed, planned.k, planned.run, some).flatten() for some in planned.split_plans]
     found = [planned.kernel([*tensors, *table, *planned.arguments]) for table in tables]
     out, lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
     if queries > 1:

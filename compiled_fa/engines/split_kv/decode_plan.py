@@ -32,7 +32,7 @@ class DecodePlan(NamedTuple):
     windows: tuple[Strides, Strides]  # of k and v
     run: int  # keys
     split_plans: list[SplitPlan]  # of sequences that run together
-    dense: list[list[Tensor]]  # tables of the same, where they lie, if keys are dense
+    tables: list[list[Tensor]]  # of these, if all calls have their keys in the same places
     tuned: Tuning  # held, so that no other has its id
 
 
@@ -85,10 +85,12 @@ def _made(problem: Problem) -> DecodePlan:
     score_bytes_a_key = features.dtype.itemsize * queries * q.shape[-2]
     groups = _groups(lengths, current().split_kv.score_bytes // score_bytes_a_key)
     split_plans = [split_plan(spans[first:stop], first, split, run, pages) for first, stop in groups]
-    dense = [located(None, k, run, some).flatten() for some in split_plans] if packed is None else []
+    fixed = packed is None or packed.is_fixed
+    tables = [located(packed, k, run, some).flatten() for some in split_plans] if fixed else []
     windows = k.windows(run), v.windows(run, step.slices(head_dim_v, rows, q.dtype))
-    tables = _arguments(problem, lengths_k), k, windows, run, split_plans, dense
-    return DecodePlan(kernel, lengths_k, *tables, current())
+    return DecodePlan(
+        kernel, lengths_k, _arguments(problem, lengths_k), k, windows, run, split_plans, tables, current()
+    )
 
 
 def _arguments(problem: Problem, lengths: Tensor) -> list[Tensor]:
