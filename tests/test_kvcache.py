@@ -228,7 +228,7 @@ def test_cache_seqlens_as_an_int_or_none():
 
 @pytest.mark.parametrize("engine", ["split_kv", "tiled"])
 def test_tables_and_lengths_that_are_written_to_without_a_word(engine, monkeypatch):
-    """Calls alike are checked once, and their pages found once: no longer than they are alike. NumPy leaves no trace."""
+    """Calls alike are checked once, and their pages found once. NumPy leaves no word."""
     test_decode.shrink(monkeypatch)
     pages: dict[str, Any] = {name: torch.randn(6, 16, 2, 8) for name in ("k_cache", "v_cache")}
     table, lengths = np.array([[0, 1, 2], [3, 4, 5]], dtype=np.int32), np.array([40, 40], dtype=np.int32)
