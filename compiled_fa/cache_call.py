@@ -41,6 +41,8 @@ def is_kept(device: torch.device) -> bool:
 
 
 Lengths = tuple[Tensor, Tensor, int, int]  # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+Piece = tuple[int, slice, int, slice]  # new keys that lie side by side: whose, which, their page, and where in it
+Places = list[Piece] | tuple[Tensor, Tensor]  # or page and row of every new key
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +50,13 @@ class Layout:
     """Where the rows of a call lie: the same for calls of the same shapes and lengths, whose signature it is, itself.
 
     lengths: of rows in pages. dense: of others, which are an ordinary dense problem, the first one's page, and each
-    one's first key in its page and number of keys. fixed: the pages are the same, too.
+    one's first key in its page and number of keys. fixed: the pages are the same, too; then places: of new keys.
     """
 
     lengths: Lengths | None = None
     dense: tuple[int, int, int] = (0, 0, 0)
     fixed: bool = False
+    places: Places | None = None
 
 
 @dataclass(frozen=True)
@@ -169,22 +172,28 @@ class CacheCall:
         page, row = self._kept("slots", (self.before, self.table), (self.seqlen_new, self.page_size), make).unbind(0)
         return page, row
 
-    def append(self) -> None:
-        """Write k and v behind what the cache has."""
+    def append(self, places: Places | None = None) -> None:
+        """Write k and v behind what the cache has. places: `places`, where they are known."""
         if self.k is None or self.v is None or not self.batch * self.seqlen_new:
             return
         pairs = (self.k_cache, self.k), (self.v_cache, self.v)
-        if self.q.device.type == "cpu" and (self.batch == 1 or self.seqlen_new >= PIECES_FROM):
-            for row, new, page, at in self._pieces():
+        found = self.places() if places is None else places
+        if isinstance(found, list):
+            for row, new, page, at in found:
                 for cache, values in pairs:
                     cache[page, at].copy_(values[row, new])
-            return
-        slots = self.slots()
-        for cache, values in pairs:
-            cache.index_put_(slots, values)
+        else:
+            for cache, values in pairs:
+                cache.index_put_(found, values)
 
-    def _pieces(self) -> Iterator[tuple[int, slice, int, slice]]:
-        """New keys that lie side by side: whose they are, which, their page, and where in it."""
+    def places(self) -> Places:
+        """Where new keys go."""
+        if not self.seqlen_new:
+            return []
+        by_pieces = self.batch == 1 or self.seqlen_new >= PIECES_FROM
+        return list(self._pieces()) if by_pieces and self.q.device.type == "cpu" else self.slots()
+
+    def _pieces(self) -> Iterator[Piece]:
         for row, before in enumerate(self.host_before):
             done, place = 0, before
             while done < self.seqlen_new:
@@ -210,12 +219,13 @@ class CacheCall:
     def layout(self) -> Layout:
         """The host reads lengths, and pages of rows that have one each."""
         if (dense := self._as_dense()) is not None:
-            return Layout(dense=dense, fixed=True)
+            return Layout(dense=dense, fixed=True, places=self.places())
         lengths, seqlen_q = self.host_lengths, self.q.shape[1]
         cu_seqlens_q = torch.arange(self.batch + 1, dtype=torch.int32, device="cpu") * seqlen_q
         cu_seqlens_k = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
         lengths_of_rows = cu_seqlens_q, cu_seqlens_k, seqlen_q, max(lengths, default=0)
-        return Layout(lengths_of_rows, fixed=self.columns == 1)
+        fixed = self.columns == 1
+        return Layout(lengths_of_rows, fixed=fixed, places=self.places() if fixed else None)
 
     def unread_problem(self, options: Options, num_splits: int = 0) -> Problem:
         """The same, of which the host reads nothing."""

@@ -73,9 +73,9 @@ def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, _How, _Rig
 class _LastTable:
     """Of calls with one layout: the block table that the last one had, and the layout of calls with this very table."""
 
-    def __init__(self, table: Tensor, layout: Layout) -> None:
+    def __init__(self, call: CacheCall, table: Tensor, layout: Layout) -> None:
         with torch.inference_mode(False):
-            self.table, self.layout = table.clone(), replace(layout, fixed=True)
+            self.table, self.layout = table.clone(), replace(layout, fixed=True, places=call.places())
 
 
 _last_tables: Cache[Layout, list[_LastTable]] = Cache("block tables", 64, 16 << 20, lambda last: last[0].table.nbytes)
@@ -90,7 +90,7 @@ def _layout(call: CacheCall, consecutive: bool, like: _RightCall) -> Layout:
 
     def first(table: Tensor) -> list[_LastTable]:
         cache_validation.kvcache_pages(call)
-        return [_LastTable(table, layout)]
+        return [_LastTable(call, table, layout)]
 
     layout, table = _layouts.get((like, call.host_values), checked), call.block_table
     if table is None:
@@ -100,7 +100,7 @@ def _layout(call: CacheCall, consecutive: bool, like: _RightCall) -> Layout:
     if torch.equal(known.table, table):
         return known.layout
     cache_validation.kvcache_pages(call)
-    last[0] = _LastTable(table, layout)
+    last[0] = _LastTable(call, table, layout)
     return layout
 
 
@@ -143,7 +143,7 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
         # An engine asked for by name that cannot serve says so before the cache is written.
         problems = _problems(call, options, how.num_splits, layout)
         routes = [engines.select(problem, "forward", how.engine) for problem in problems]
-        call.append()
+        call.append(None if layout is None else layout.places)
         batch = call.batch // len(routes)
         found = [_laid_out(route.problem, batch, *route.forward()) for route in routes]
     out, lse = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -41,7 +41,7 @@ def _prepared(inputs: Inputs, append: bool) -> Prepared:
     else:
         k_cache, v_cache = (_with_room(inputs, x) for x in (inputs.k, inputs.v))
     if append:
-        last = [(inputs.cu_seqlens_k[1:] - 1).long()]
+        last = (inputs.cu_seqlens_k[1:] - 1).long()
         options |= {"k": inputs.k[last][:, None], "v": inputs.v[last][:, None]}
         lengths = lengths - 1
 
