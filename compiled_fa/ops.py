@@ -44,8 +44,8 @@ PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt
 
 @dataclass(frozen=True, eq=False)
 class _RightCall:
-    """A dense call that was checked: what is not a tensor of its problem, and the engine's name. Itself, by identity,
-    it is the signature of all calls like it."""
+    """A call that was checked: what is not a tensor of its problem, and the engine's name. Itself, by identity, it is
+    the signature of all calls like it."""
 
     softmax_scale: float
     window: Window
@@ -55,6 +55,7 @@ class _RightCall:
 
 
 _right_calls: Cache[Hashable, _RightCall] = Cache("checked calls", entries=1024)
+_right_lengths: Cache[Hashable, _RightCall] = Cache("checked lengths", entries=1024)
 
 MakeProblem = Callable[..., tuple[Problem, str]]
 
@@ -105,11 +106,30 @@ def _biased_problem(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *options: Any
 
 
 def _packed_problem(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Problem, str]:
+    """On a CPU a call like one before it, with the same lengths, is not checked again, but for pages."""
     count = len(fields(Packed))
-    packed = Packed(*arguments[:count])
+    packed, options = Packed(*arguments[:count]), arguments[count:]
+    shapes = _seen(q, k, v, options) if q.device.type == "cpu" else None
+    where = None if shapes is None else signatures.of_call(arguments[:count])
+    if where is None:
+        return _checked_packed(q, k, v, packed, options)
+    like = _right_calls.get((shapes, where), lambda: _remembered(*_checked_packed(q, k, v, packed, options)))
+    sums_q, sums_k = packed.host_sums
+    key = like, tuple(sums_q), tuple(sums_k)
+    like = _right_lengths.get(key, lambda: _with_right_lengths(q, k, packed, like))
+    numbers = like.softmax_scale, like.window, like.softcap, None, like.dropout_p
+    return Problem(q, k, v, *numbers, None, packed, like), like.engine
+
+
+def _checked_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed, options: tuple[Any, ...]) -> tuple[Problem, str]:
     validation.qkv(q, k, v, PACKED if packed.block_table is None else PAGED)
     validation.packing(q, packed)
-    return _checked(q, k, v, packed, arguments[count:])
+    return _checked(q, k, v, packed, options)
+
+
+def _with_right_lengths(q: Tensor, k: Tensor, packed: Packed, like: _RightCall) -> _RightCall:
+    validation.packed_lengths(q, k, packed)
+    return replace(like)
 
 
 def _told(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
@@ -123,8 +143,12 @@ def _told(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
 
 
 def _check_values(problem: Problem) -> None:
-    if problem.packed is not None:
+    if problem.packed is None:
+        return
+    if problem.signature is None:
         validation.packed_values(problem.q, problem.k, problem.packed)
+    elif problem.packed.block_table is not None:
+        validation.packed_blocks(problem.k, problem.packed, problem.packed.block_table)
 
 
 def check_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:

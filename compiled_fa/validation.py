@@ -241,6 +241,12 @@ def packed_values(q: Tensor, k: Tensor, packed: Packed) -> None:
 
 def packed_values_read(q: Tensor, k: Tensor, packed: Packed) -> None:
     """The same for a call that reads them anyway."""
+    packed_lengths(q, k, packed)
+    if packed.block_table is not None:
+        packed_blocks(k, packed, packed.block_table)
+
+
+def packed_lengths(q: Tensor, k: Tensor, packed: Packed) -> None:
     # As lists: a dozen operations on small tensors would take longer than a short call.
     (sums_q, sums_k), block_table = packed.host_sums, packed.block_table
     _lengths("cu_seqlens_q", sums_q, "max_seqlen_q", packed.max_seqlen_q)
@@ -250,13 +256,15 @@ def packed_values_read(q: Tensor, k: Tensor, packed: Packed) -> None:
     if block_table is None:
         if sums_k[-1] != k.shape[0]:
             refuse("cu_seqlens_k", f"k's total, {k.shape[0]}, at its end", sums_k[-1])
-        return
-    num_blocks, block_size = k.shape[0], k.shape[1]
-    if longest_k > block_table.shape[1] * block_size:
-        refuse("block_table", f"of enough blocks of {block_size} for {longest_k} keys", block_table.shape[1])
+    elif longest_k > block_table.shape[1] * k.shape[1]:
+        refuse("block_table", f"of enough blocks of {k.shape[1]} for {longest_k} keys", block_table.shape[1])
+
+
+def packed_blocks(k: Tensor, packed: Packed, block_table: Tensor) -> None:
     # Most tables hold nothing but blocks; else what lies behind a sequence's last one may be anything.
+    num_blocks, block_size = k.shape[0], k.shape[1]
     if not blocks(block_table, num_blocks):
-        first_row = torch.arange(block_table.shape[1], device=q.device) * block_size
+        first_row = torch.arange(block_table.shape[1], device=k.device) * block_size
         used = block_table[first_row < packed.cu_seqlens_k.diff()[:, None]]
         if not blocks(used, num_blocks):
             refuse(
