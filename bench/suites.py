@@ -21,7 +21,9 @@ GPU_PACKAGES = ("flash_attn", "xformers", "turing")
 SDPA_BACKENDS = ("SDPA flash", "SDPA efficient", "SDPA cuDNN", "SDPA math")
 DENSE_PEERS = ("ours", "naive", "SDPA", "flex", *GPU_PACKAGES)
 VARLEN_PEERS = ("ours", "SDPA padded", "SDPA loop", "nested", "flex", *GPU_PACKAGES)
-DECODE_PEERS = ("ours", "ours dense", "ours cache", "ours append", "SDPA", "copy", "flex", *GPU_PACKAGES)
+DECODE_PEERS = (
+    "ours", "ours dense", "ours cache", "ours one piece", "ours append", "SDPA", "copy", "flex", *GPU_PACKAGES
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def variants(quick: bool) -> list[Entry]:
 def decode(quick: bool) -> list[Entry]:
     """One query a sequence, 16 query heads on 4 key heads, its cache in one piece or in pages.
 
-    `ours cache` is flash_attn_with_kvcache in place of flash_attn_func, and `ours append` writes the last key first.
+    `ours cache` is flash_attn_with_kvcache in place of flash_attn_func, `ours one piece` that of a cache that is not in
+    pages, and `ours append` writes the last key first.
     `copy` is the time in which a large copy moves as many bytes as k and v have: at 60 % of its bandwidth, ours / copy
     is 1.67.
     """

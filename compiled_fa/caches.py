@@ -1,7 +1,8 @@
 """What outlives a call, all of it: each cache is bounded, and forgets what was not used for longest.
 
     compiled code                         by what is fixed in it
-    checked calls, routes                 of dense calls, by all that is not in their tensors
+    checked calls, routes                 by all that is not in their tensors, and by the lengths of sequences
+    layouts, block tables                 of calls on KV caches, by lengths, and the last block table
     plans, tables, numbers on devices     tensors that calls of one shape share
     packed tables, of cache lengths       tensors that calls with the same cu_seqlens or cache_seqlens share
     groupings                             which packed sequences run side by side

@@ -1,5 +1,8 @@
 """The ops as PyTorch sees them: opcheck, gradcheck, autocast, checkpointing, vmap, export, double backward."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 from support import cumulative
@@ -122,6 +125,48 @@ def test_activation_checkpointing_replays_dropout(use_reentrant):
     expected = out_and_gradients(attend)
     found = out_and_gradients(lambda *x: checkpoint(attend, *x, use_reentrant=use_reentrant))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_packed_calls_alike_are_checked_for_what_changes():
+    """Lengths and blocks, which NumPy changes without a word; in and out of inference mode, with gradients or without."""
+    sums, table = np.array([0, 5, 12], dtype=np.int32), np.array([[0, 1], [2, 3]], dtype=np.int32)
+    cu_seqlens, block_table = torch.from_numpy(sums), torch.from_numpy(table)
+    q, blocks = torch.randn(12, 2, 8, requires_grad=True), torch.randn(4, 6, 2, 8)
+
+    def call(k, *paged):
+        return VARLEN(q, k, k, cu_seqlens, cu_seqlens, 12, 12, *paged)[0]
+
+    def sequences(x):
+        return [x[start:stop][None] for start, stop in pairwise(sums.tolist())]
+
+    def keys(b, length):
+        return blocks[table[b].tolist()].flatten(0, 1)[None, :length]
+
+    def check():
+        out = torch.cat([flash_attn_func(x, x, x)[0] for x in sequences(q)])
+        found = call(q)
+        assert torch.allclose(found, out, atol=1e-6)
+        if found.requires_grad:
+            gradients = (torch.autograd.grad(x.square().sum(), q)[0] for x in (found, out))
+            assert torch.allclose(*gradients, atol=1e-5)
+        pages = [keys(b, x.shape[1]) for b, x in enumerate(sequences(q))]
+        out = torch.cat([flash_attn_func(x, k, k)[0] for x, k in zip(sequences(q.detach()), pages, strict=True)])
+        with torch.no_grad():
+            assert torch.allclose(call(blocks, block_table), out, atol=1e-6)
+
+    for middle in (5, 5, 7, 0, 12):
+        sums[1] = middle
+        for mode in (torch.inference_mode(), torch.enable_grad()):
+            with mode:
+                check()
+        table[:] = table[::-1].copy()
+    sums[1] = 13
+    with pytest.raises(ValueError, match="cu_seqlens_q must be not decreasing, got 13 before 12 at 1"):
+        call(q)
+    sums[1] = 5
+    table[1, 0] = 4
+    with pytest.raises(ValueError, match="block_table must be block numbers from 0 to 3, got 0 to 4"):
+        call(blocks, block_table)
 
 
 def test_vmap_folds_into_the_batch():

@@ -11,6 +11,7 @@ PEERS: dict[str, Peer] = {
     "ours fused": ours.by_engine("fused"),
     "ours triton": ours.by_engine("triton"),
     "ours cache": cache.CACHE,
+    "ours one piece": cache.ONE_PIECE,
     "ours append": cache.APPEND,
     "naive": naive.NAIVE,
     "SDPA": sdpa.SDPA,

@@ -24,7 +24,11 @@ def _refusal(case: Case, direction: Direction, device_type: str) -> str | None:
     return None
 
 
-def _prepared(inputs: Inputs, append: bool) -> Prepared:
+def _refusal_but_for_pages(case: Case, direction: Direction, device_type: str) -> str | None:
+    return _refusal(case, direction, device_type) if case.page_size else "for paged cases"
+
+
+def _prepared(inputs: Inputs, append: bool = False, one_piece: bool = False) -> Prepared:
     case = inputs.case
     q = inputs.batched(inputs.q)
     lengths = torch.tensor([k for _, k in case.lengths], dtype=torch.int32, device=inputs.device)
@@ -35,7 +39,7 @@ def _prepared(inputs: Inputs, append: bool) -> Prepared:
         "alibi_slopes": inputs.alibi_slopes,
         "softmax_scale": case.softmax_scale,
     }
-    if case.page_size:
+    if case.page_size and not one_piece:
         k_cache, v_cache, table = inputs.pages()
         options["block_table"] = table[:, :-1].contiguous()
     else:
@@ -61,5 +65,6 @@ def _with_room(inputs: Inputs, rows: Tensor) -> Tensor:
     return cache
 
 
-CACHE = Peer(_refusal, lambda inputs: _prepared(inputs, append=False))
+CACHE = Peer(_refusal, _prepared)
+ONE_PIECE = Peer(_refusal_but_for_pages, lambda inputs: _prepared(inputs, one_piece=True))
 APPEND = Peer(_refusal, lambda inputs: _prepared(inputs, append=True))

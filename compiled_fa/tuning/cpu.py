@@ -76,7 +76,7 @@ def _from_elements_of_keys(elements: int) -> Rule:
 
 
 # Rules: tools.rule_fit on 728 random calls, as bench choice draws them, of other seeds; tiles_backward_bf16: on 188, by
-# one thread. Of split_kv beside the kernel on 34, 77 and 268 that both took in turns, 2026-11-27.
+# one thread. Of split_kv on 123, 89, 80 and 268 that both ways took in turns, 2026-11-27.
 _ZEN4 = "2 cores of an AMD EPYC (Zen 4), torch 2.13.0, 2026-11-26"
 
 AVX512_BF16 = Tuning(
@@ -93,11 +93,13 @@ AVX512_BF16 = Tuning(
         PLAIN.split_kv,
         measured_on=f"{_ZEN4}: which calls it takes",
         decode_beside_tiles=Rule(-1.014, 0.152, -0.002, -0.068, 0.02, 0.077, -0.031, 0.005, -0.085),
-        decode_beside_sdpa=Rule(-0.838, 0.218, 0.1, 0.209, -0.143, -0.141, -0.109, -0.128, -0.358),
+        decode_from_keys=16,
+        decode_from_elements=1 << 13,
+        decode_beside_sdpa=Rule(2.505, 0.228, -0.307, -0.289, -0.176, -0.011, -0.03, -0.499, -0.687),
         decode_beside_sdpa_16bit=AT_EVERY_CALL,
         short_keys=256,
         short_from_elements=1 << 14,
-        short_beside_tiles=Rule(-2.93, 0.085, 0.085, 0.07, 0.102, 0.033, 0.151, -0.027),
+        short_beside_tiles=Rule(-2.998, 0.134, 0.134, -0.1, 0.015, 0.104, 0.356, -0.477),
         short_beside_sdpa=Rule(-1.206, 0.247, 0.123, -0.28, -0.142, 0.083, 0.076, -0.116),
         accumulators=16,
         register_bytes=64,
