@@ -310,10 +310,10 @@ def seconds() -> dict[tuple[str, str, str], dict[str, float]]:
     return found
 
 
-def ratios(suite: str, cases: list[str], directions: tuple[str, ...], peer: str) -> list[float]:
+def ratios(suite: str, cases: list[str], directions: tuple[str, ...], peer: str, ours: str = "ours") -> list[float]:
     """Time of ours / time of the peer of each case in each direction, where both were timed."""
     timed = (seconds().get((suite, case, way), {}) for case in cases for way in directions)
-    return [found["ours"] / found[peer] for found in timed if {"ours", peer} <= found.keys()]
+    return [found[ours] / found[peer] for found in timed if {ours, peer} <= found.keys()]
 
 
 FORWARD, TRAINING = "forward", "forward+backward"
@@ -387,14 +387,19 @@ def short_table() -> list[list[str]]:
 
 
 def decode_table() -> list[list[str]]:
-    def cell(keys: int, pages: str, peer: str) -> str:
+    def cell(keys: int, pages: str, ours: str, peer: str) -> str:
         cases = {dtype: [f"B{b} Sq1 Sk{keys} H16/4 D64 {dtype}{pages}" for b in (1, 4, 16)] for dtype in HALVES}
-        return "; ".join(listed("decode", cases[dtype], (FORWARD,), peer, ", ") for dtype in HALVES)
+        found = (ratios("decode", cases[dtype], (FORWARD,), peer, ours) for dtype in HALVES)
+        return "; ".join(", ".join(f"{ratio:.2f}" for ratio in of_dtype) for of_dtype in found)
 
-    columns = (("", "SDPA"), (" pages of 256", "ours dense"))
+    columns = (
+        ("", "ours", "SDPA"),
+        ("", "ours cache", "SDPA"),
+        ("", "ours append", "SDPA"),
+        (" pages of 256", "ours cache", "ours one piece"),
+    )
     return [
-        [f"{keys:,}", "1, 4, 16", *(cell(keys, pages, peer) for pages, peer in columns)]
-        for keys in (1024, 4096, 16384, 65536)
+        [f"{keys:,}", "1, 4, 16", *(cell(keys, *column) for column in columns)] for keys in (1024, 4096, 16384, 65536)
     ]
 
 
