@@ -163,7 +163,8 @@ def check_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *options: Any) -
 
 def check_packed(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> None:
     """What `varlen_attention` checks of these arguments without reading a tensor."""
-    _packed_problem(q, k, v, *arguments)
+    count = len(fields(Packed))
+    _checked_packed(q, k, v, Packed(*arguments[:count]), arguments[count:])
 
 
 def _unknown(argument: Any) -> bool:
