@@ -247,6 +247,7 @@ def packed_values_read(q: Tensor, k: Tensor, packed: Packed) -> None:
 
 
 def packed_lengths(q: Tensor, k: Tensor, packed: Packed) -> None:
+    """The lengths of sequences, and that they have room in the block table."""
     # As lists: a dozen operations on small tensors would take longer than a short call.
     (sums_q, sums_k), block_table = packed.host_sums, packed.block_table
     _lengths("cu_seqlens_q", sums_q, "max_seqlen_q", packed.max_seqlen_q)
@@ -261,6 +262,7 @@ def packed_lengths(q: Tensor, k: Tensor, packed: Packed) -> None:
 
 
 def packed_blocks(k: Tensor, packed: Packed, block_table: Tensor) -> None:
+    """The numbers of the blocks in use."""
     # Most tables hold nothing but blocks; else what lies behind a sequence's last one may be anything.
     num_blocks, block_size = k.shape[0], k.shape[1]
     if not blocks(block_table, num_blocks):

@@ -138,6 +138,22 @@ def test_all_graphs_are_compiled_by_one_thread(monkeypatch):
     assert set(threads) == {threads[0]} != {threading.get_ident()}
 
 
+@pytest.mark.parametrize("named_by_asserts", [False, True])
+def test_sizes_are_asserted_where_that_names_them(named_by_asserts, monkeypatch):
+    """As Inductor of torch 2.14 does; without, its code is a NameError."""
+    import torch._inductor.config as inductor_config
+
+    found = []
+
+    def examples(size):
+        found.append(inductor_config.size_asserts)
+        return [torch.empty(size("n", 8))]
+
+    monkeypatch.setattr(graphs, "_asserts_name_sizes", lambda: named_by_asserts)
+    graphs.compile_graph(lambda x: (x + 1,), examples, {"size_asserts": False})
+    assert found == [named_by_asserts]
+
+
 def test_kernels_compiled_at_once_are_right(compiled_steps):
     """Six pieces of code by six threads; each with its own options for Inductor."""
     STEPS.clear()

@@ -9,7 +9,7 @@ from support import cumulative
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from compiled_fa import flash_attn_func, flash_attn_varlen_func
+from compiled_fa import flash_attn_func, flash_attn_varlen_func, validation
 
 DENSE, VARLEN = torch.ops.compiled_fa.attention, torch.ops.compiled_fa.varlen_attention
 
@@ -127,7 +127,7 @@ def test_activation_checkpointing_replays_dropout(use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_packed_calls_alike_are_checked_for_what_changes():
+def test_packed_calls_alike_are_checked_for_what_changes(monkeypatch):
     """Lengths and blocks, which NumPy changes without a word; in inference mode and with gradients."""
     sums, table = np.array([0, 5, 12], dtype=np.int32), np.array([[0, 1], [2, 3]], dtype=np.int32)
     cu_seqlens, block_table = torch.from_numpy(sums), torch.from_numpy(table)
@@ -160,6 +160,9 @@ def test_packed_calls_alike_are_checked_for_what_changes():
             with mode:
                 check()
         table[:] = table[::-1].copy()
+    with monkeypatch.context() as patch:  # and are not, where nothing has
+        patch.setattr(validation, "packed_lengths", None)
+        check()
     sums[1] = 13
     with pytest.raises(ValueError, match="cu_seqlens_q must be not decreasing, got 13 before 12 at 1"):
         call(q)

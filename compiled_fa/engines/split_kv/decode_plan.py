@@ -58,7 +58,6 @@ def _key(problem: Problem) -> object:
         lengths,
         *tensors,
         *program,
-        packed is None,
         page_size_of(problem),
         _max_num_blocks(problem),
         id(tuned),
