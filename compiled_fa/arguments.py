@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ NO_DROPOUT = 2.0**-33
 
 def check_tensors(**tensors: object) -> None:
     for argument, value in tensors.items():
-        validation.tensor_given(argument, value)
+        if not isinstance(value, Tensor):
+            validation.tensor_given(argument, value)
 
 
 def check_target(argument: str, target: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
@@ -104,16 +106,43 @@ def options(
     alibi_slopes: Tensor | None,
 ) -> Options:
     """The ops' options, but for dropout's seed."""
+    numbers = dropout_p, softmax_scale, causal, softcap
+    sides = window_size if type(window_size) is tuple else ()
+    if torch.compiler.is_compiling() or len(sides) != 2 or not _PLAIN.issuperset(map(type, (*numbers, *sides))):
+        found = _options(*numbers, window_size)
+    else:
+        found = _plain_options(*numbers, *sides)
+    if alibi_slopes is None:
+        return found
+    check_tensors(alibi_slopes=alibi_slopes)
+    return found._replace(alibi_slopes=alibi_slopes)
+
+
+_PLAIN = frozenset({type(None), bool, int, float})  # of which equal ones of one type mean the same
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _plain_options(
+    dropout_p: float | None, softmax_scale: float | None, causal: bool, softcap: float | None, left: int, right: int
+) -> Options:
+    return _options(dropout_p, softmax_scale, causal, softcap, (left, right))
+
+
+def _options(
+    dropout_p: float | None,
+    softmax_scale: float | None,
+    causal: bool,
+    softcap: float | None,
+    window_size: Sequence[int] | Tensor,
+) -> Options:
     left, right = cast("tuple[int, int]", validation.window_size(window_size))  # or symbols of numbers
     scale = None if softmax_scale is None else validation.number("softmax_scale", softmax_scale)
     cap = 0.0 if softcap is None else validation.number("softcap", softcap)
     dropout_p = 0.0 if dropout_p is None else validation.number("dropout_p", dropout_p)
     validation.dropout_probability(dropout_p)
-    if alibi_slopes is not None:
-        check_tensors(alibi_slopes=alibi_slopes)
     if dropout_p < NO_DROPOUT:
         dropout_p = 0.0
-    return Options(scale, validation.flag("causal", causal), left, right, cap, alibi_slopes, dropout_p)
+    return Options(scale, validation.flag("causal", causal), left, right, cap, None, dropout_p)
 
 
 def of_op(q: Tensor, options: Options, engine: str) -> tuple[Any, ...]:

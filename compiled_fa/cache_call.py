@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,15 +60,7 @@ class Layout:
     places: Places | None = None
 
 
-@dataclass(frozen=True)
-class CacheCall:
-    """Arguments of the op that are tensors, in its order, and whether it shares tables.
-
-    q: (B, Sq, H, D). k_cache: (pages, S, Hk, D). v_cache: (pages, S, Hk, Dv). k: (B, Sn, Hk, D). v: (B, Sn, Hk, Dv).
-    rotary_cos, rotary_sin: (positions, rotary_dim / 2). cache_seqlens, cache_batch_idx, cache_leftpad: int32 (B,).
-    block_table: int32 (B, pages of a row). shares_tables: cache_ops.py.
-    """
-
+class _Arguments(NamedTuple):
     q: Tensor
     k_cache: Tensor
     v_cache: Tensor
@@ -80,6 +73,15 @@ class CacheCall:
     cache_leftpad: Tensor | None = None
     block_table: Tensor | None = None
     shares_tables: bool = False
+
+
+class CacheCall(_Arguments):
+    """Arguments of the op that are tensors, in its order, and whether it shares tables.
+
+    q: (B, Sq, H, D). k_cache: (pages, S, Hk, D). v_cache: (pages, S, Hk, Dv). k: (B, Sn, Hk, D). v: (B, Sn, Hk, Dv).
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2). cache_seqlens, cache_batch_idx, cache_leftpad: int32 (B,).
+    block_table: int32 (B, pages of a row). shares_tables: cache_ops.py.
+    """
 
     @property
     def batch(self) -> int:
@@ -156,7 +158,7 @@ class CacheCall:
         for x, step in ((self.q, int(consecutive)), (self.k, 1)):
             place = self.before[:, None] + step * torch.arange(x.shape[1], device=x.device)
             found.append(rotated(x, cos[place, None], sin[place, None], interleaved))
-        return replace(self, q=found[0], k=found[1], rotary_cos=None, rotary_sin=None)
+        return self._replace(q=found[0], k=found[1], rotary_cos=None, rotary_sin=None)
 
     # Writing
 
@@ -212,9 +214,20 @@ class CacheCall:
         found = self.layout() if layout is None else layout
         if found.lengths is not None:
             return self._in_pages(found.lengths, options, num_splits, layout)
-        page, first, length = found.dense
-        k, v = (x[page : page + self.batch, first : first + length] for x in (self.k_cache, self.v_cache))
+        k, v = self.keys_and_values(found)
         return Problem.of(self.q, k, v, None, *options, signature=layout)
+
+    def keys_and_values(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """k and v of the problem: the whole cache, or those of a dense one."""
+        if layout.lengths is not None:
+            return self.k_cache, self.v_cache
+        page, first, length = layout.dense
+        k, v = self.k_cache, self.v_cache
+        if self.batch != k.shape[0]:
+            k, v = (x.narrow(0, page, self.batch) for x in (k, v))
+        if length != k.shape[1]:
+            k, v = (x.narrow(1, first, length) for x in (k, v))
+        return k, v
 
     def layout(self) -> Layout:
         """The host reads lengths, and pages of rows that have one each."""
@@ -267,9 +280,13 @@ class CacheCall:
 
     @property
     def host_values(self) -> Hashable:
-        """All that the layout depends on, but for shapes."""
-        pages = tuple(self.host_first_page) if self.columns == 1 else ()
-        return tuple(self.host_before), tuple(self.host_leftpad), pages
+        """All that the layout depends on, but for shapes and which tensors are given."""
+        before, leftpad = (() if x is None else tuple(x.tolist()) for x in (self.cache_seqlens, self.cache_leftpad))
+        if self.block_table is None:
+            pages = () if self.cache_batch_idx is None else tuple(self.cache_batch_idx.tolist())
+        else:
+            pages = tuple(self.host_first_page) if self.columns == 1 else ()
+        return before, leftpad, pages
 
     def _as_dense(self) -> tuple[int, int, int] | None:
         """As Layout has it, which more engines serve: rows of one length, that lie at even distances."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ SCHEMA = (
     "SymInt num_splits=0, str engine='auto', bool shares_tables=False) -> (Tensor out, Tensor lse)"
 )
 TENSORS, SCORES = 11, 6  # how many of these are CacheCall's, and how many of the next are Options'
+SLOPES = TENSORS + SCORES - 1
 
 
 class _How(NamedTuple):
@@ -46,28 +47,44 @@ class _How(NamedTuple):
     shares_tables: bool = False
 
 
+@dataclass(frozen=True, eq=False)
 class _RightCall:
-    """A call that was checked without reading a tensor. By identity, what all calls like it have in common."""
+    """A call that was checked without reading a tensor. By identity, what all calls like it have in common.
+
+    options: without slopes. consecutive: as CacheCall.rotated's.
+    """
+
+    options: Options
+    how: _How
+    consecutive: bool
 
 
 _right_calls: Cache[Hashable, _RightCall] = Cache("checked calls of caches", entries=1024)
 _layouts: Cache[Hashable, Layout] = Cache("layouts of caches", entries=1024)
 
 
-def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, _How, _RightCall | None]:
-    """What can be told without reading a tensor; of a call like one before it, it was told then."""
+def _check(arguments: tuple[Any, ...]) -> _RightCall:
     options, how = Options(*arguments[TENSORS : TENSORS + SCORES]), _How(*arguments[TENSORS + SCORES :])
+    call = _call(arguments, how)
+    cache_validation.kvcache(call, options, how.num_splits)
+    consecutive = options.causal or options.window_left >= 0 or options.window_right >= 0
+    return _RightCall(options._replace(alibi_slopes=None), how, consecutive)
+
+
+def _call(arguments: tuple[Any, ...], how: _How) -> CacheCall:
     make: Callable[..., CacheCall] = CacheCall
-    call = make(*arguments[:TENSORS], shares_tables=how.shares_tables)
+    return make(*arguments[:TENSORS], shares_tables=how.shares_tables)
 
-    def check() -> _RightCall:
-        cache_validation.kvcache(call, options, how.num_splits)
-        return _RightCall()
 
-    if (key := signatures.of_call(arguments)) is None:
-        check()
-        return call, options, how, None
-    return call, options, how, _right_calls.get(key, check)
+def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, _RightCall, bool]:
+    """What can be told without reading a tensor; of a call like one before it, it was told then. And, last: may there
+    be others like it?"""
+    key = signatures.of_call(arguments)
+    right = _check(arguments) if key is None else _right_calls.get(key, lambda: _check(arguments))
+    options, slopes = right.options, arguments[SLOPES] if len(arguments) > SLOPES else None
+    if slopes is not None:
+        options = options._replace(alibi_slopes=slopes)
+    return _call(arguments, right.how), options, right, key is not None
 
 
 class _LastTable:
@@ -81,18 +98,18 @@ class _LastTable:
 _last_tables: Cache[Layout, list[_LastTable]] = Cache("block tables", 64, 16 << 20, lambda last: last[0].table.nbytes)
 
 
-def _layout(call: CacheCall, consecutive: bool, like: _RightCall) -> Layout:
+def _layout(call: CacheCall, right: _RightCall) -> Layout:
     """Of a call on a CPU, checked. What the host reads is compared: NumPy writes to tensors without a word."""
 
     def checked() -> Layout:
-        cache_validation.kvcache_lengths(call, consecutive)
+        cache_validation.kvcache_lengths(call, right.consecutive)
         return call.layout()
 
     def first(table: Tensor) -> list[_LastTable]:
         cache_validation.kvcache_pages(call)
         return [_LastTable(call, table, layout)]
 
-    layout, table = _layouts.get((like, call.host_values), checked), call.block_table
+    layout, table = _layouts.get((right, call.host_values), checked), call.block_table
     if table is None:
         return layout
     last = _last_tables.get(layout, lambda: first(table))
@@ -102,6 +119,12 @@ def _layout(call: CacheCall, consecutive: bool, like: _RightCall) -> Layout:
     cache_validation.kvcache_pages(call)
     last[0] = _LastTable(call, table, layout)
     return layout
+
+
+def _prepared(call: CacheCall, options: Options, how: _How, layout: Layout) -> engines.Prepared | None:
+    if how.num_splits == 1 and call.batch > 1:  # as in _problems
+        return None
+    return engines.prepared(layout, how.engine, lambda: call.problem(options, how.num_splits, layout))
 
 
 def _problems(call: CacheCall, options: Options, num_splits: int, layout: Layout | None) -> list[Problem]:
@@ -127,22 +150,24 @@ def _laid_out(problem: Problem, batch: int, out: Tensor, lse: Tensor) -> tuple[T
 
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-        call, options, how, like = _checked(arguments)
-        consecutive = options.causal or options.window_left >= 0 or options.window_right >= 0
+        call, options, right, has_likes = _checked(arguments)
         layout = None
         if cache_validation.reads_values(call):
-            if like is not None and call.q.device.type == "cpu":
-                layout = _layout(call, consecutive, like)
+            if has_likes and call.q.device.type == "cpu":
+                layout = _layout(call, right)
             else:
-                cache_validation.kvcache_lengths(call, consecutive)
+                cache_validation.kvcache_lengths(call, right.consecutive)
                 cache_validation.kvcache_pages(call)
-        call = call.rotated(how.rotary_interleaved, consecutive)
+        call = call.rotated(right.how.rotary_interleaved, right.consecutive)
+        # An engine asked for by name that cannot serve says so before the cache is written.
+        if layout is not None and (prepared := _prepared(call, options, right.how, layout)) is not None:
+            call.append(layout.places)
+            return prepared.run(call.q, *call.keys_and_values(layout))
         if not call.batch or not call.q.shape[1]:
             call.append()
             return _empty(call)
-        # An engine asked for by name that cannot serve says so before the cache is written.
-        problems = _problems(call, options, how.num_splits, layout)
-        routes = [engines.select(problem, "forward", how.engine) for problem in problems]
+        problems = _problems(call, options, right.how.num_splits, layout)
+        routes = [engines.select(problem, "forward", right.how.engine) for problem in problems]
         call.append(None if layout is None else layout.places)
         batch = call.batch // len(routes)
         found = [_laid_out(route.problem, batch, *route.forward()) for route in routes]

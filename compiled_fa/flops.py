@@ -57,7 +57,7 @@ def _packed(given: Given) -> int:
 
 
 def _cached(given: Given) -> int:
-    call = CacheCall(**{name: given[name] for name in CacheCall.__dataclass_fields__ if name in given})
+    call = CacheCall(**{name: given[name] for name in CacheCall._fields if name in given})
     known = all(x is None or _has_values(x) for x in (call.cache_seqlens, call.cache_leftpad))
     keys = sum(call.host_lengths) if known else call.batch * call.capacity
     return call.q.shape[1] * keys

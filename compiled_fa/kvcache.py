@@ -92,16 +92,17 @@ def flash_attn_with_kvcache(
     Source: flash_attn.flash_attn_with_kvcache; Flash-Decoding (Dao, Haziza, Massa and Sizov 2023).
     """
     arguments.check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    optional = {
-        "k": k,
-        "v": v,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-        "block_table": block_table,
-    }
-    arguments.check_tensors(**{argument: given for argument, given in optional.items() if given is not None})
+    for argument, given in (
+        ("k", k),
+        ("v", v),
+        ("rotary_cos", rotary_cos),
+        ("rotary_sin", rotary_sin),
+        ("cache_batch_idx", cache_batch_idx),
+        ("cache_leftpad", cache_leftpad),
+        ("block_table", block_table),
+    ):
+        if given is not None:
+            validation.tensor_given(argument, given)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         seqlen = cast(int, validation.length("cache_seqlens", cache_seqlens))  # or a symbol of one
         cache_seqlens = cache_call.equal_lengths(seqlen, q.shape[0], q.device)

@@ -53,6 +53,10 @@ class _RightCall:
     dropout_p: float
     engine: str
 
+    def problem(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed | None = None) -> Problem:
+        numbers = self.softmax_scale, self.window, self.softcap, None, self.dropout_p
+        return Problem(q, k, v, *numbers, None, packed, self)
+
 
 _right_calls: Cache[Hashable, _RightCall] = Cache("checked calls", entries=1024)
 _right_lengths: Cache[Hashable, _RightCall] = Cache("checked lengths", entries=1024)
@@ -70,18 +74,22 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tu
 
 
 def _dense_problem(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, str]:
+    like = _dense_like(q, k, v, *options)
+    return _checked_dense(q, k, v, *options) if like is None else (like.problem(q, k, v), like.engine)
+
+
+def _dense_like(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> _RightCall | None:
     """A call like one before it is not checked again: that takes as long as a short call's arithmetic."""
     if (key := _seen(q, k, v, options)) is None:
-        return _checked_dense(q, k, v, *options)
-    like = _right_calls.get(key, lambda: _remembered(*_checked_dense(q, k, v, *options)))
-    numbers = like.softmax_scale, like.window, like.softcap, None, like.dropout_p
-    return Problem(q, k, v, *numbers, None, None, like), like.engine
+        return None
+    return _right_calls.get(key, lambda: _remembered(*_checked_dense(q, k, v, *options)))
 
 
 def _seen(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Hashable | None:
     """All that checks, and who chooses an engine, may see of a dense call; None: more than shapes and numbers."""
-    if any(isinstance(option, Tensor) for option in options):
-        return None
+    for option in options:
+        if isinstance(option, Tensor):
+            return None
     return signatures.of_call((q, k, v, *options))
 
 
@@ -117,8 +125,7 @@ def _packed_problem(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[P
     sums_q, sums_k = packed.host_sums
     key = like, tuple(sums_q), tuple(sums_k)
     like = _right_lengths.get(key, lambda: _with_right_lengths(q, k, packed, like))
-    numbers = like.softmax_scale, like.window, like.softcap, None, like.dropout_p
-    return Problem(q, k, v, *numbers, None, packed, like), like.engine
+    return like.problem(q, k, v, packed), like.engine
 
 
 def _checked_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed, options: tuple[Any, ...]) -> tuple[Problem, str]:
@@ -199,11 +206,18 @@ def _double_backward(ctx: Any, *gradients: Tensor | None) -> NoReturn:
     raise RuntimeError("compiled_fa attention can be differentiated once, not twice: its derivatives have none")
 
 
-def _define(name: str, parameters: str, make_problem: MakeProblem, biased: bool = False) -> tuple[Any, Any, Any]:
+def _define(
+    name: str,
+    parameters: str,
+    make_problem: MakeProblem,
+    biased: bool = False,
+    alike: Callable[..., _RightCall | None] = lambda *arguments: None,
+) -> tuple[Any, Any, Any]:
     """Register compiled_fa::{name}, {name}_backward and {name}_jvp.
 
     parameters: the schema's after q, k, v. make_problem: (q, k, v, *parameters) -> a checked problem and an engine; it
-    knows nothing of `numbers`, the last of them. biased: the first parameter is a bias, and has a gradient.
+    knows nothing of `numbers`, the last of them. biased: the first parameter is a bias, and has a gradient. alike:
+    (q, k, v, *parameters) -> what a checked call shares with all calls alike, whose lengths are in their shapes.
     """
     forward_schema = f"(Tensor q, Tensor k, Tensor v, {parameters}) -> (Tensor out, Tensor lse)"
     backward_schema = (
@@ -229,8 +243,15 @@ def _define(name: str, parameters: str, make_problem: MakeProblem, biased: bool 
         return has_numbers(arguments) or any(map(_unknown, arguments))
 
     def compute(*arguments: Any) -> tuple[Tensor, Tensor]:
-        problem, engine = known_problem(*arguments)
-        _check_values(problem)
+        q, k, v = arguments[:3]
+        like = alike(*arguments) if q.device.type == "cpu" else None
+        if like is None:
+            problem, engine = known_problem(*arguments)
+            _check_values(problem)
+        elif (prepared := engines.prepared(like, like.engine, lambda: like.problem(q, k, v))) is not None:
+            return prepared.run(q, k, v)
+        else:
+            problem, engine = like.problem(q, k, v), like.engine
         out, lse = engines.select(problem, "forward", engine).forward()
         return out, lse
 
@@ -332,7 +353,7 @@ def _define(name: str, parameters: str, make_problem: MakeProblem, biased: bool 
     return forward, backward, jvp
 
 
-attention, attention_backward, attention_jvp = _define("attention", OPTIONS, _dense_problem)
+attention, attention_backward, attention_jvp = _define("attention", OPTIONS, _dense_problem, alike=_dense_like)
 varlen_attention, varlen_attention_backward, varlen_attention_jvp = _define(
     "varlen_attention", f"{PACKING}, {OPTIONS}", _packed_problem
 )

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_OTHERS = frozenset({type(None), bool, int, float, str})
 
 
 def of_call(arguments: Sequence[Any]) -> Hashable | None:
     """None: there is a tensor among them that is more than its shape, strides, dtype and device, as a fake one is."""
     found = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            if type(argument) not in _PLAIN:
-                return None
+        kind = type(argument)
+        if kind in _TENSORS:
             found.append((argument.shape, argument.stride(), argument.dtype, argument.device))
-        else:
+        elif kind in _OTHERS or not isinstance(argument, Tensor):
             found.append(argument)
+        else:
+            return None
     return tuple(found)

@@ -102,7 +102,7 @@ class Made:
         return self.call.causal or self.call.window_size != (-1, -1)
 
     def cache_call(self) -> CacheCall:
-        tensors: dict[str, Any] = {field.name: self.arguments.get(field.name) for field in fields(CacheCall)}
+        tensors: dict[str, Any] = {name: self.arguments.get(name) for name in CacheCall._fields}
         return CacheCall(**tensors)
 
     def keys(self, cache: Tensor, row: int) -> Tensor:

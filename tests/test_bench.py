@@ -379,6 +379,7 @@ def test_directions_run_by_the_engines_that_are_named(monkeypatch):
         return route
 
     monkeypatch.setattr(engines, "select", recorded)
+    monkeypatch.setattr(engines, "prepared", lambda *call: None)
     chosen: list[tuple[Direction, tuple[str, ...]]] = [
         ("forward", ("tiled",)),
         ("forward+backward", ("sdpa_cpu", "tiled")),

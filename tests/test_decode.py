@@ -1,5 +1,6 @@
 """Few queries on many keys: splits of the cache, wherever they lie. The step runs eagerly, but in the last test."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -193,6 +194,24 @@ def test_it_has_no_gradients(small_splits):
         split_kv.backward(problem, q, q, q[..., 0])
 
 
+@given(decodings())
+def test_what_is_prepared_serves_all_calls_alike(case):
+    """Whose keys have the same places, and slopes: others, and other tensors of the same shapes, have other bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        problem, other = (make(replace(case, seed=seed)).problem() for seed in (1, 2))
+        if decode.unsupported_reason(problem) is not None:
+            return
+        prepared = split_kv.prepared(problem)
+        assert (prepared is None) == (not case.dense or case.slopes != "none")
+        if prepared is not None:
+            assert prepared.nbytes
+            for some in (problem, other):
+                for q in (some.q, some.q.mT.contiguous().mT):
+                    for one, expected in zip(prepared.run(q, some.k, some.v), decode.forward(some), strict=True):
+                        assert torch.equal(one, expected)
+
+
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -220,3 +239,20 @@ def test_compiled(compiled_steps, monkeypatch, dtype, options):
             found = decode.forward(in_pages(data, page, torch.Generator()))
             check_against_float64(data, as_packed(data, *found))
     assert len(STEPS) == 1
+
+
+def test_a_step_makes_its_tensors_in_cpp(compiled_steps):
+    """Not in Python, which takes as long for its thirty as a short cache does: Inductor's functions for that are not
+    called from there."""
+    problem, calls = make(Case(((1, 600),), True, 3, 2, 32, 64)).problem(), []
+    prepared = split_kv.prepared(problem)
+    assert prepared is not None
+    prepared.run(problem.q, problem.k, problem.v)
+    sys.setprofile(lambda frame, event, called: calls.append(called) if event == "c_call" else None)
+    try:
+        prepared.run(problem.q, problem.k, problem.v)
+    finally:
+        sys.setprofile(None)
+    names = {called.__name__ for called in calls}
+    assert "as_strided" in names
+    assert not [name for name in names if "empty_strided" in name or "reinterpret" in name]

@@ -1,7 +1,6 @@
 """What a call of the fused engine costs besides its kernels: PyTorch ops around compiled code, and launches in it."""
 
 import collections
-import dataclasses
 from typing import Any
 
 import kv
@@ -95,7 +94,7 @@ def test_ops_of_another_layer_on_a_kv_cache(kernels_for_nothing, monkeypatch, fi
     made = kv.make(kv.Call((70, 9), 1, 1, **fields, **shape))
 
     def layer():
-        call = dataclasses.replace(made.cache_call(), shares_tables=True)
+        call = made.cache_call()._replace(shares_tables=True)
         slots = call.slots()
         for name in ("k", "v"):
             made.arguments[f"{name}_cache"].index_put_(slots, made.arguments[name])

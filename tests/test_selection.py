@@ -11,9 +11,9 @@ import pytest
 import torch
 from support import Case, cumulative, make
 
-from compiled_fa import engines, flash_attn_func, flash_attn_varlen_func, ops, use_engine
+from compiled_fa import engines, flash_attn_func, flash_attn_varlen_func, ops, tuning, use_engine
 from compiled_fa.config import ENGINES as NAMES
-from compiled_fa.engines import ENGINES, requested, select, selection
+from compiled_fa.engines import ENGINES, requested, sdpa_cpu, select, selection, tiled
 from compiled_fa.problem import Packed, Problem
 
 
@@ -35,7 +35,7 @@ def test_the_names_of_the_engines():
 def test_their_functions_have_the_protocols_parameters():
     """Which mypy does not compare by name."""
     for engine in ENGINES:
-        for member in ("unsupported_reason", "defers", "inlines", "forward", "backward"):
+        for member in ("unsupported_reason", "defers", "inlines", "prepared", "forward", "backward"):
             wanted = list(inspect.signature(getattr(engines.Engine, member)).parameters)[1:]
             found = list(inspect.signature(getattr(engine, member)).parameters)
             assert found[: len(wanted)] == wanted, f"{engine.name}.{member}"
@@ -70,18 +70,47 @@ def test_gradients_have_a_route_of_their_own(compiled_steps):
 
 
 def test_a_call_is_routed_once(monkeypatch):
-    routes = []
+    """And those like it never again."""
+    routes, best = [], selection._best
 
-    def counted(problem, direction, name="auto"):
+    def counted(problem, direction):
         routes.append(direction)
-        return select(problem, direction, name)
+        return best(problem, direction)
 
-    monkeypatch.setattr(engines, "select", counted)
-    q = torch.randn(1, 5, 2, 8, requires_grad=True)
-    flash_attn_func(q, q, q).sum().backward()
+    monkeypatch.setattr(selection, "_best", counted)
+    q = torch.randn(1, 5, 2, 11, requires_grad=True)
+    for _ in range(2):
+        flash_attn_func(q, q, q).sum().backward()
     cu_seqlens = cumulative([2, 3])
-    flash_attn_varlen_func(q[0], q[0], q[0], cu_seqlens, cu_seqlens, 3, 3).sum().backward()
+    for _ in range(2):
+        flash_attn_varlen_func(q[0], q[0], q[0], cu_seqlens, cu_seqlens, 3, 3).sum().backward()
     assert routes == ["forward", "backward"] * 2
+
+
+def test_what_calls_alike_share_is_prepared_once(monkeypatch):
+    """By the engine asked for, and by no table but the one in force; gradients are there as they were."""
+    asked, prepared = [], sdpa_cpu.prepared
+
+    def counted(problem):
+        asked.append(problem)
+        return prepared(problem)
+
+    monkeypatch.setattr(sdpa_cpu, "prepared", counted)
+    q, k, v = (torch.randn(2, length, heads, 13) for length, heads in ((9, 4), (13, 2), (13, 2)))
+    first = flash_attn_func(q, k, v, return_attn_probs=True)
+    assert len(asked) == 1
+    for inputs in ((q, k, v), (q.clone().requires_grad_(), k, v)):
+        for one, other in zip(first[:2], flash_attn_func(*inputs, return_attn_probs=True)[:2], strict=True):
+            assert torch.equal(one, other)
+    assert len(asked) == 1
+    flash_attn_func(q, k, v, softmax_scale=0.5)
+    flash_attn_func(q, k.mT.contiguous().mT, v)  # other strides
+    assert len(asked) == 3
+    with use_engine("tiled"):
+        assert (flash_attn_func(q, k, v) - first[0]).abs().max() < 1e-5
+    with tuning.using(tuning.changed(tiled={"tile": 7})):
+        flash_attn_func(q, k, v)
+    assert len(asked) == 4
 
 
 def test_lengths_go_to_the_host_once(monkeypatch):
@@ -190,16 +219,19 @@ def test_compiled_code_asks_where_it_is_called(monkeypatch):
     torch._dynamo.reset()
     chosen, graphs = [], []
 
-    def recorded(problem, direction, name="auto"):
-        route = select(problem, direction, name)
-        chosen.append(route.engine.name)
-        return route
+    def recorded(name, compute):
+        def computed(*arguments, **more):
+            chosen.append(name)
+            return compute(*arguments, **more)
+
+        return computed
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(engines, "select", recorded)
+    monkeypatch.setattr(tiled, "forward", recorded("tiled", tiled.forward))
+    monkeypatch.setattr(sdpa_cpu.kernel, "_forward", recorded("sdpa_cpu", sdpa_cpu.kernel._forward))
     compiled = torch.compile(flash_attn_func, backend=backend, fullgraph=True)
     q = torch.randn(1, 5, 2, 8)
     compiled(q, q, q)
@@ -220,11 +252,13 @@ def test_a_misspelt_function_fails_mypy(tmp_path):
     api = pytest.importorskip("mypy.api")
     engine = (
         "import torch\nfrom torch import Tensor\nfrom compiled_fa.problem import Direction, Problem\n"
+        "from compiled_fa.engines import Prepared\n"
         "name = 'mine'\n"
         "def unsupported_reason(device: torch.device, problem: Problem | None = None,\n"
         "                       direction: Direction = 'forward') -> str | None: ...\n"
         "def defers(problem: Problem, direction: Direction, to: str) -> bool: ...\n"
         "def inlines(problem: Problem, direction: Direction) -> bool: ...\n"
+        "def prepared(problem: Problem) -> Prepared | None: ...\n"
         "def forward(problem: Problem) -> tuple[Tensor, Tensor]: ...\n"
         "def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None\n"
         "             ) -> tuple[Tensor, Tensor, Tensor]: ...\n"

@@ -7,7 +7,7 @@ import pytest
 
 from compiled_fa import engines
 
-ROUTE = engines, "select"  # the one place through which ops reach an engine
+ROUTES = "select", "prepared"  # of engines: the two places through which ops reach one
 
 
 class ReachedAnEngineError(Exception):
@@ -18,12 +18,15 @@ class ReachedAnEngineError(Exception):
 def before_engines() -> Iterator[None]:
     """Raises ReachedAnEngineError where a call would be handed to an engine; what the choice itself refuses, it
     refuses."""
-    choose = getattr(*ROUTE)
 
-    def trapped(*arguments, **options):
-        choose(*arguments, **options)
-        raise ReachedAnEngineError
+    def trapped(choose):
+        def reached(*arguments, **options):
+            choose(*arguments, **options)
+            raise ReachedAnEngineError
+
+        return reached
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*ROUTE, trapped)
+        for route in ROUTES:
+            patch.setattr(engines, route, trapped(getattr(engines, route)))
         yield

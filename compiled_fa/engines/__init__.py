@@ -11,15 +11,17 @@ sdpa_cpu/  PyTorch's own flash kernel, on a CPU
 tiled/     PyTorch ops on tiles: everything, anywhere
 """
 
-from .engine import CannotServeError, Engine
-from .selection import ENGINES, Route, inlined, requested, select, use_engine
+from .engine import CannotServeError, Engine, Prepared
+from .selection import ENGINES, Route, inlined, prepared, requested, select, use_engine
 
 __all__ = [
     "ENGINES",
     "CannotServeError",
     "Engine",
+    "Prepared",
     "Route",
     "inlined",
+    "prepared",
     "requested",
     "select",
     "use_engine",

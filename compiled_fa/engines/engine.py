@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,17 @@ from ..problem import Direction, Problem
 class CannotServeError(RuntimeError):
     """An engine that should have served a call found out that it cannot, before it computed anything: the message says
     why."""
+
+
+class Prepared(NamedTuple):
+    """A forward that is left of calls alike, when all is done that they share. Of sequences with Sq queries each.
+
+    run: q (B, Sq, H, D), and k and v as the problem has them -> out (B, Sq, H, Dv) and lse (B, H, Sq).
+    nbytes: of tensors that it holds.
+    """
+
+    run: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    nbytes: int = 0
 
 
 class Engine(Protocol):
@@ -41,6 +53,12 @@ class Engine(Protocol):
         read values, nor compare symbols.
         """
 
+    def prepared(self, problem: Problem) -> Prepared | None:
+        """What `forward` does for all calls with the problem's signature; None: that is not less.
+
+        Asked of problems that it could serve, which have a signature.
+        """
+
     # Both may raise CannotServeError, of kernels that cannot be compiled for a device, or not be launched there.
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -53,3 +71,7 @@ class Engine(Protocol):
 
         And dbias where problem.bias_gradient: of problem.bias's shape and dtype, contiguous.
         """
+
+
+def nothing_prepared(problem: Problem) -> None:
+    """`prepared` of an engine whose calls have no less to do than `forward` does."""

@@ -18,7 +18,7 @@ from ..messages import say_once
 from ..problem import Direction, Problem
 from ..tuning import Tuning, current
 from . import fused, sdpa_cpu, split_kv, tiled, triton
-from .engine import CannotServeError, Engine
+from .engine import CannotServeError, Engine, Prepared
 
 
 def _engines(*modules: Engine) -> tuple[Engine, ...]:
@@ -37,6 +37,11 @@ IN_CONTEXT = "context"  # an engine's name in compiled code: that which use_engi
 
 # By the call's signature, and the table in force, which is held so that no other has its id.
 _served: Cache[Hashable, tuple[Engine, Tuning]] = Cache("routes", entries=2048)
+
+# Likewise, and by the engine asked for. None: there is nothing less to do than the engine's `forward`.
+_prepared: Cache[Hashable, tuple[Prepared | None, Tuning]] = Cache(
+    "prepared calls", 1024, 32 << 20, lambda found: 0 if found[0] is None else found[0].nbytes
+)
 
 _asked_for: ContextVar[str | None] = ContextVar("compiled_fa engine", default=None)
 _uses, _uses_lock = 0, threading.Lock()  # of use_engine, at the moment, in all threads and tasks
@@ -143,6 +148,23 @@ def select(problem: Problem, direction: Direction, name: str = "auto") -> Route:
         key = problem.signature, direction, id(current()), eager_reason()
         chosen, _ = _served.get(key, lambda: (_best(problem, direction), current()))
     return Route(chosen, problem, direction)
+
+
+def prepared(signature: Hashable, name: str, make_problem: Callable[[], Problem]) -> Prepared | None:
+    """The forward that is left of a call on a CPU, by the engine that `select` finds, once for all calls alike.
+
+    signature: make_problem()'s.
+    """
+    name = requested() if name == IN_CONTEXT else name
+    table = current()
+    key = signature, name, id(table), eager_reason()
+
+    def prepare() -> tuple[Prepared | None, Tuning]:
+        problem = make_problem()
+        return select(problem, "forward", name).engine.prepared(problem), table
+
+    found, _ = _prepared.get(key, prepare)
+    return found
 
 
 def _best(problem: Problem, direction: Direction) -> Engine:

@@ -5,10 +5,10 @@ of a torch.compile'd function (20 µs) would cost more than small tiles do, and 
 recompile limits of the model that calls us. So a graph is traced once with symbolic sizes and handed to Inductor
 itself.
 
-Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs; its check for bfloat16;
-torch._inductor.cpp_builder.get_cpp_compiler; PythonWrapperCodegen.bind_input_symbol; FakeTensor and
-statically_known_true; the counters of torch._dynamo.utils, without which nobody is told why they wait for less than two
-seconds. Tried with torch 2.11.0, 2.13.0 and 2.14.1.
+Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs (its argument cpp_wrapper, too, without which
+Inductor's config of that name does nothing here); its check for bfloat16; torch._inductor.cpp_builder.get_cpp_compiler;
+PythonWrapperCodegen.bind_input_symbol; FakeTensor and statically_known_true; the counters of torch._dynamo.utils,
+without which nobody is told why they wait for less than two seconds. Tried with torch 2.11.0, 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def compile_graph(
             inputs = list(example_inputs(symbolic_sizes(mode)))
             traced = make_fx(function, decomposition_table={**select_decomp_table(), **decompositions})(*inputs)
         with torch._guards.tracing(torch._guards.TracingContext(mode)), _bfloat16_allowed():
-            artifact: Any = compile_fx_inner(traced, inputs)
+            artifact: Any = compile_fx_inner(traced, inputs, cpp_wrapper=config.get("cpp_wrapper", False))
     call: Compiled = artifact.current_callable
     return call
 

@@ -12,8 +12,11 @@ mods.py       the score program in the form the template inlines
 options.py    tile sizes, warps and stages
 """
 
+from ..engine import nothing_prepared
 from .attention import backward, defers, forward, inlines, unsupported_reason
 
-__all__ = ["backward", "defers", "forward", "inlines", "name", "unsupported_reason"]
+__all__ = ["backward", "defers", "forward", "inlines", "name", "prepared", "unsupported_reason"]
 
 name = "fused"
+
+prepared = nothing_prepared

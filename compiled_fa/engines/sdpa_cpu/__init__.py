@@ -18,9 +18,9 @@ from ...problem import Direction, Problem
 from ...scores import Window
 from ...tuning import Rule, current
 from . import kernel
-from .calls import backward, forward, is_one_call
+from .calls import backward, forward, is_one_call, prepared
 
-__all__ = ["backward", "defers", "forward", "inlines", "name", "unsupported_reason"]
+__all__ = ["backward", "defers", "forward", "inlines", "name", "prepared", "unsupported_reason"]
 
 name = "sdpa_cpu"
 

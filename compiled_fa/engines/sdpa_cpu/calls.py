@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import SymInt, Tensor
 
 from ...memory import new_empty
 from ...problem import Direction, Problem
+from ..engine import Prepared
 from .groups import groups
-from .kernel import Gradients, at_once, attend, differentiate, widens, widens_backward
+from .kernel import Gradients, at_once, attend, attend_at_once, differentiate, is_causal, widens, widens_backward
 
 
 def is_one_call(problem: Problem, direction: Direction) -> bool:
@@ -17,6 +20,13 @@ def is_one_call(problem: Problem, direction: Direction) -> bool:
         return False
     symbolic = any(isinstance(number, SymInt) for number in (*q.shape, *k.shape, *problem.window))
     return not symbolic and at_once(problem, q, k)
+
+
+def prepared(problem: Problem) -> Prepared | None:
+    """As the engine's: of a call that is one of the kernel's."""
+    if problem.bias is not None or not is_one_call(problem, "forward"):
+        return None
+    return Prepared(functools.partial(attend_at_once, is_causal(problem), problem.softmax_scale))
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

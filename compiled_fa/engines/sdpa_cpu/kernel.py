@@ -38,7 +38,7 @@ class Part(NamedTuple):
     causal: bool
 
 
-def _causal(problem: Problem) -> bool:
+def is_causal(problem: Problem) -> bool:
     return problem.window_in_force.right is not None
 
 
@@ -46,7 +46,7 @@ def at_once(problem: Problem, q: Tensor, k: Tensor) -> bool:
     """Can the kernel do tensors (B, S, H, D) as they are?"""
     batch, seqlen_q, *_ = q.shape
     seqlen_k = k.shape[1]
-    return bool(batch and seqlen_q and seqlen_k) and (seqlen_q == seqlen_k or not _causal(problem))
+    return bool(batch and seqlen_q and seqlen_k) and (seqlen_q == seqlen_k or not is_causal(problem))
 
 
 def _parts(q: Tensor, k: Tensor) -> list[Part]:
@@ -116,15 +116,22 @@ def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
     return out, lse
 
 
+def attend_at_once(
+    causal: bool, softmax_scale: float, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(B, S, H, D), and a bias as `_added` gives it -> out and lse (B, H, Sq)."""
+    queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
+    out, lse = _forward(queries, keys, values, 0.0, causal, attn_mask=bias, scale=softmax_scale)
+    if bias is not None:  # the kernel says 0 of rows that see nothing
+        lse = torch.where(bias.amax(-1) == -inf, -inf, lse)
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
 def _attend_by_parts(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scale = problem.softmax_scale
-    queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
     if at_once(problem, q, k):
-        bias = _added(problem, q.dtype)
-        out, lse = _forward(queries, keys, values, 0.0, _causal(problem), attn_mask=bias, scale=scale)
-        if bias is not None:  # the kernel says 0 of rows that see nothing
-            lse = torch.where(bias.amax(-1) == -inf, -inf, lse)
-        return out.transpose(1, 2).contiguous(), lse.contiguous()
+        return attend_at_once(is_causal(problem), scale, q, k, v, _added(problem, q.dtype))
+    queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
     out = q.new_zeros(q.shape)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -inf, dtype=problem.lse_dtype)
     for first, *span, causal in _parts(q, k):
@@ -185,7 +192,7 @@ def _differentiate_by_parts(
         bias = _added(problem, q.dtype)
         if bias is not None:
             bias, lse = bias_part(bias, *piece, slice(None), slice(None)), lse.masked_fill(lse == -inf, inf)
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, _causal(problem), attn_mask=bias, scale=scale)
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, is_causal(problem), attn_mask=bias, scale=scale)
     else:
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for first, *span, causal in _parts(of_queries[0], of_keys[0]):

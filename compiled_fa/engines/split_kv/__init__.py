@@ -21,9 +21,10 @@ from torch import Tensor
 from ...inductor.steps import eager_reason
 from ...problem import Direction, Problem
 from ...tuning import Rule, current
+from ..engine import Prepared
 from . import decode, short_varlen, step
 
-__all__ = ["backward", "defers", "forward", "inlines", "name", "unsupported_reason"]
+__all__ = ["backward", "defers", "forward", "inlines", "name", "prepared", "unsupported_reason"]
 
 name = "split_kv"
 
@@ -79,12 +80,20 @@ def inlines(problem: Problem, direction: Direction) -> bool:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out, shaped as q with v's head_dim, and lse, (B, H, Sq) or, packed, (H, T)."""
+    return decode.forward(problem) if _decodes(problem) else short_varlen.forward(problem)
+
+
+def prepared(problem: Problem) -> Prepared | None:
+    """As the protocol's."""
+    return decode.prepared(problem) if _decodes(problem) else None
+
+
+def _decodes(problem: Problem) -> bool:
     if problem.packed is None or problem.packed.block_table is not None:  # short sequences are packed, and not in pages
-        return decode.forward(problem)
-    decodes = decode.unsupported_reason(problem) is None
-    if decodes and (decode.is_worth_code(problem) or short_varlen.unsupported_reason(problem) is not None):
-        return decode.forward(problem)
-    return short_varlen.forward(problem)
+        return True
+    if decode.unsupported_reason(problem) is not None:
+        return False
+    return decode.is_worth_code(problem) or short_varlen.unsupported_reason(problem) is not None
 
 
 def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None) -> NoReturn:

@@ -6,12 +6,15 @@ splits of a sequence give is merged by their maxima and sums.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ...problem import Problem, once_a_call
 from ...tuning import current
-from .decode_plan import page_size_of, plan
+from ..engine import Prepared
+from .decode_plan import DecodePlan, page_size_of, plan
 from .split_table import Rows, located, sizes
 
 
@@ -64,19 +67,34 @@ def rule(problem: Problem, instead_of: str) -> str:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out and lse, as the engine's."""
-    q, batch, queries, packed = problem.q, problem.batch, problem.mean_seqlens[0], problem.packed
-    planned = plan(problem)
-    nheads_k, heads_per_key, head_dim_v = problem.k.shape[-2], problem.heads_per_key, problem.v.shape[-1]
-    # Query head h reads key head h // heads_per_key.
-    by_key = (q if q.stride(-1) == 1 else q.contiguous()).view(batch, queries, nheads_k, heads_per_key, -1)
-    of_k, of_v = planned.windows
-    tensors = by_key.to(problem.lse_dtype), problem.k.as_strided(*of_k), problem.v.as_strided(*of_v)
+    q, packed, planned = problem.q, problem.packed, plan(problem)
     tables = planned.tables or [located(packed, planned.k, planned.run, some).flatten() for some in planned.split_plans]
-    found = [planned.kernel([*tensors, *table, *planned.arguments]) for table in tables]
-    out, lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
-    if queries > 1:
-        out, lse = (x.unflatten(2, (queries, -1)).transpose(1, 2) for x in (out, lse))
-    lse = lse.reshape(batch, queries, -1)
     if packed is None:
-        return out.reshape(batch, queries, -1, head_dim_v).contiguous(), lse.mT.contiguous()
-    return out.reshape(batch * queries, -1, head_dim_v).contiguous(), lse.flatten(0, 1).mT.contiguous()
+        return _attend(planned, tables, q, problem.k, problem.v)
+    out, lse = _attend(planned, tables, q.unflatten(0, (problem.batch, -1)), problem.k, problem.v)
+    return out.flatten(0, 1), lse.transpose(0, 1).flatten(1).contiguous()
+
+
+def prepared(problem: Problem) -> Prepared | None:
+    """As the engine's: of calls that have their keys in the same places."""
+    planned = plan(problem)
+    if not planned.tables or problem.alibi_slopes is not None:
+        return None
+    nbytes = sum(tensor.nbytes for table in planned.tables for tensor in table)
+    return Prepared(functools.partial(_attend, planned, planned.tables), nbytes)
+
+
+def _attend(planned: DecodePlan, tables: list[list[Tensor]], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """q (B, Sq, H, D) -> out (B, Sq, H, Dv) and lse (B, H, Sq)."""
+    if q.dtype != planned.dtype:
+        q = q.to(planned.dtype)
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    of_k, of_v = planned.windows
+    tensors = q, k.as_strided(*of_k), v.as_strided(*of_v)
+    if len(tables) == 1:
+        out, lse = planned.kernel([*tensors, *tables[0], *planned.arguments])
+        return out, lse
+    found = [planned.kernel([*tensors, *table, *planned.arguments]) for table in tables]
+    out, lse = (torch.cat(x) for x in zip(*found, strict=True))
+    return out, lse

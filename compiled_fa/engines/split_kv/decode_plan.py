@@ -26,6 +26,7 @@ from .split_table import Pages, Rows, SplitPlan, Strides, located, sizes, split_
 
 class DecodePlan(NamedTuple):
     kernel: Compiled
+    dtype: torch.dtype  # of the arithmetic
     lengths: Tensor  # keys of every sequence
     arguments: list[Tensor]  # of the score program
     k: Rows
@@ -87,9 +88,8 @@ def _made(problem: Problem) -> DecodePlan:
     fixed = packed is None or packed.is_fixed
     tables = [located(packed, k, run, some).flatten() for some in split_plans] if fixed else []
     windows = k.windows(run), v.windows(run, step.slices(head_dim_v, rows, q.dtype))
-    return DecodePlan(
-        kernel, lengths_k, _arguments(problem, lengths_k), k, windows, run, split_plans, tables, current()
-    )
+    arguments = _arguments(problem, lengths_k)
+    return DecodePlan(kernel, problem.lse_dtype, lengths_k, arguments, k, windows, run, split_plans, tables, current())
 
 
 def _arguments(problem: Problem, lengths: Tensor) -> list[Tensor]:

@@ -91,8 +91,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if packed is None or q_rows is None or k is None or v is None:
         raise ValueError("q, k and v must be packed rows of memory: unsupported_reason tells")
     plan = _plan(problem, packed)
-    (total, nheads, _), (nheads_k, head_dim_v) = q.shape, problem.v.shape[-2:]
-    queries = q.as_strided(*q_rows.windows(plan.queries)).unflatten(2, (nheads_k, problem.heads_per_key))
+    (total, nheads, _), head_dim_v = q.shape, problem.v.shape[-1]
+    queries = q.as_strided(*q_rows.windows(plan.queries))
     slices = step.slices(head_dim_v, plan.queries * problem.heads_per_key, q.dtype)
     out = new_empty(q, (total + 1, nheads, head_dim_v))
     lse = q.new_empty(total + 1, nheads, dtype=problem.lse_dtype)

@@ -85,16 +85,16 @@ Attended = tuple[Tensor, Tensor, Tensor]
 
 
 def decoding(shape: Shape) -> Compiled:
-    """queries (batch, m, h, g, head_dim) in the arithmetic's dtype, windows of k (., run, h, head_dim) and v
-    (., run, h, slices, .), SplitTable and ScoreArguments, slopes as (b, g * h) -> out (b, h, r, slices, .) and
-    lse (b, h, r)."""
+    """q (batch, m, h * g, head_dim) in the arithmetic's dtype, windows of k (., run, h, head_dim) and v
+    (., run, h, slices, .), SplitTable and ScoreArguments, slopes as (b, g * h) -> out (b, m, h * g, head_dim of v) and
+    lse (b, h * g, m)."""
     x = ("x",)
     tables = (*x, "runs"), x, x, x, x, ("b", "s"), ("b",)
     return _compiled(decode, shape, shape.features.dtype, tables, "decoding")
 
 
 def alone(shape: Shape) -> Compiled:
-    """For sequences of one split each. Windows of queries (., m, h, g, head_dim), k and v, tables (batch,) of windows
+    """For sequences of one split each. Windows of queries (., m, h * g, head_dim), k and v, tables (batch,) of windows
     of queries, of windows of keys, and of the rows of these that are keys, start and stop, and ScoreArguments
     -> out (batch, m, h, g, slices, .) and lse (batch, m, h, g)."""
     return _compiled(attend_alone, shape, shape.features.product_dtype, (("batch",),) * 4, "short sequences")
@@ -119,8 +119,8 @@ def _compiled(
             last = torch.empty(inner, dtype=dtype).stride()
             return torch.empty_strided((size(f"{name} rows", 9973), run, h, *inner), (*strides, *last), dtype=dtype)
 
-        strides = [size(f"q {n}", typical) for n, typical in enumerate((1 << 11, 1 << 11, 1 << 9, 1 << 7))]
-        sizes = size("q rows", 9941), shape.queries, h, shape.heads_per_key, head_dims[0]
+        strides = [size(f"q {n}", typical) for n, typical in enumerate((1 << 11, 1 << 11, 1 << 7))]
+        sizes = size("q rows", 9941), shape.queries, h * shape.heads_per_key, head_dims[0]
         queries = torch.empty_strided(sizes, (*strides, 1), dtype=query_dtype)
         k, v = windows("k", head_dims[0]), windows("v", count, head_dims[1] // count)
         indices = [example(size, *table, dtype=torch.int64) for table in tables]
@@ -135,9 +135,10 @@ def _compiled(
 
 def attend_alone(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """What `alone` compiles."""
-    queries, k, v, query, row, start, stop, *rest = tensors
+    q, k, v, query, row, start, stop, *rest = tensors
     program = ScoreArguments.unflatten(ScoreArguments.names(shape.features), iter(rest)).program()
     batch_idx = torch.arange(query.shape[0])
+    queries = _by_key_head(shape, q, k)
     out, total, top = _attended(shape, program, queries, k, v, query, row[:, None], batch_idx, -start, start, stop)
     lse = (top + total.log()).unflatten(1, (shape.queries, -1)).transpose(-1, -2).contiguous()
     divisor = torch.where(total == 0.0, 1.0, total).transpose(-1, -2)[..., None, None]
@@ -148,12 +149,12 @@ def attend_alone(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
 def decode(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """What `decoding` compiles."""
     features = shape.features
-    queries, k, v, *rest = tensors
+    q, k, v, *rest = tensors
     following = iter(rest)
     table = SplitTable.unflatten(tuple(SplitTable.__dataclass_fields__), following)
     program = ScoreArguments.unflatten(ScoreArguments.names(features), following).program()
 
-    inputs, batch_idx = (shape, program, queries, k, v), table.batch_idx
+    inputs, batch_idx = (shape, program, _by_key_head(shape, q, k), k, v), table.batch_idx
     out, total, top = _attended(*inputs, batch_idx, table.first_row, batch_idx, table.kv_start, table.start, table.stop)
     # Each sequence's splits, side by side: b s ...
     exists = (torch.arange(table.splits.shape[1]) < table.num_splits[:, None])[..., None, None]
@@ -161,10 +162,17 @@ def decode(shape: Shape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     greatest = tops.amax(1)
     weight = torch.exp(tops - torch.where(greatest == -inf, 0.0, greatest)[:, None])
     total = (torch.where(exists, _rows_of(total, [table.splits]), 0.0) * weight).sum(1)
-    lse = (greatest + total.log()).transpose(-1, -2).contiguous()
+    lse = (greatest + total.log()).unflatten(1, (shape.queries, -1)).permute(0, 3, 2, 1)  # b h g m
     weight, divisor = (x.transpose(-1, -2)[..., None, None] for x in (weight, torch.where(total == 0.0, 1.0, total)))
     out = (torch.where(exists[..., None, None], _rows_of(out, [table.splits]), 0.0) * weight).sum(1)
-    return (out / divisor).to(features.product_dtype).contiguous(), lse
+    out = (out / divisor).to(features.product_dtype).unflatten(2, (shape.queries, -1)).transpose(1, 2)  # b m h g ...
+    return out.flatten(4).flatten(2, 3).contiguous(), lse.flatten(1, 2).contiguous()
+
+
+def _by_key_head(shape: Shape, q: Tensor, k: Tensor) -> Tensor:
+    """(., m, h * g, head_dim) -> (., m, h, g, head_dim): query head n reads key head n // g."""
+    batch, queries, _, head_dim = q.shape
+    return q.view(batch, queries, k.shape[2], shape.heads_per_key, head_dim)
 
 
 def _attended(

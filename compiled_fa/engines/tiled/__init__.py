@@ -17,13 +17,16 @@ large/        the same algorithms in tiles of a GPU's size, of few launches each
 import torch
 
 from ...problem import Direction, Problem
+from ..engine import nothing_prepared
 from .backward import backward
 from .forward import forward
 from .tiles import TileSizes
 
-__all__ = ["TileSizes", "backward", "defers", "forward", "inlines", "name", "unsupported_reason"]
+__all__ = ["TileSizes", "backward", "defers", "forward", "inlines", "name", "prepared", "unsupported_reason"]
 
 name = "tiled"
+
+prepared = nothing_prepared
 
 
 def unsupported_reason(

@@ -12,8 +12,11 @@ They read cu_seqlens themselves and find their tiles from it, so that a call mak
 of the score program are arguments; dropout takes no pass of its own.
 """
 
+from ..engine import nothing_prepared
 from .attention import backward, defers, forward, inlines, unsupported_reason
 
-__all__ = ["backward", "defers", "forward", "inlines", "name", "unsupported_reason"]
+__all__ = ["backward", "defers", "forward", "inlines", "name", "prepared", "unsupported_reason"]
 
 name = "triton"
+
+prepared = nothing_prepared
