@@ -52,12 +52,14 @@ class Layout:
 
     lengths: of rows in pages. dense: of others, which are an ordinary dense problem, the first one's page, and each
     one's first key in its page and number of keys. fixed: the pages are the same, too; then places: of new keys.
+    fresh: no other keys than the new ones are seen, which are those of an ordinary dense problem.
     """
 
     lengths: Lengths | None = None
     dense: tuple[int, int, int] = (0, 0, 0)
     fixed: bool = False
     places: Places | None = None
+    fresh: bool = False
 
 
 class _Arguments(NamedTuple):
@@ -162,6 +164,7 @@ class CacheCall(_Arguments):
 
     # Writing
 
+    @functools.cached_property
     def slots(self) -> tuple[Tensor, Tensor]:
         """Page and row of every new key, int64 (B, Sn)."""
 
@@ -171,7 +174,9 @@ class CacheCall(_Arguments):
                 return torch.stack([self.table.long().expand(-1, self.seqlen_new), place])
             return torch.stack([self.table.gather(1, place // self.page_size).long(), place % self.page_size])
 
-        page, row = self._kept("slots", (self.before, self.table), (self.seqlen_new, self.page_size), make).unbind(0)
+        of = self.before, self.table
+        with torch.inference_mode(False):  # the next call may want them, out of it
+            page, row = self._kept("slots", of, (self.seqlen_new, self.page_size), make).unbind(0)
         return page, row
 
     def append(self, places: Places | None = None) -> None:
@@ -193,7 +198,7 @@ class CacheCall(_Arguments):
         if not self.seqlen_new:
             return []
         by_pieces = self.batch == 1 or self.seqlen_new >= PIECES_FROM
-        return list(self._pieces()) if by_pieces and self.q.device.type == "cpu" else self.slots()
+        return list(self._pieces()) if by_pieces and self.q.device.type == "cpu" else self.slots
 
     def _pieces(self) -> Iterator[Piece]:
         for row, before in enumerate(self.host_before):
@@ -218,7 +223,9 @@ class CacheCall(_Arguments):
         return Problem.of(self.q, k, v, None, *options, signature=layout)
 
     def keys_and_values(self, layout: Layout) -> tuple[Tensor, Tensor]:
-        """k and v of the problem: the whole cache, or those of a dense one."""
+        """k and v of the problem: the new ones, the whole cache, or those of a dense one."""
+        if layout.fresh and self.k is not None and self.v is not None:
+            return self.k, self.v
         if layout.lengths is not None:
             return self.k_cache, self.v_cache
         page, first, length = layout.dense
@@ -231,6 +238,9 @@ class CacheCall(_Arguments):
 
     def layout(self) -> Layout:
         """The host reads lengths, and pages of rows that have one each."""
+        if self._is_fresh:
+            fixed = self.columns == 1
+            return Layout(fixed=fixed, places=self.places() if fixed else None, fresh=True)
         if (dense := self._as_dense()) is not None:
             return Layout(dense=dense, fixed=True, places=self.places())
         lengths, seqlen_q = self.host_lengths, self.q.shape[1]
@@ -288,6 +298,11 @@ class CacheCall(_Arguments):
             pages = tuple(self.host_first_page) if self.columns == 1 else ()
         return before, leftpad, pages
 
+    @functools.cached_property
+    def _is_fresh(self) -> bool:
+        """Are new keys all there are? A prompt needs no look at the cache then, wherever its pages lie."""
+        return bool(self.batch and self.seqlen_new) and not any(self.host_before)  # nor is any left out then
+
     def _as_dense(self) -> tuple[int, int, int] | None:
         """As Layout has it, which more engines serve: rows of one length, that lie at even distances."""
         if not self.batch or self.columns != 1:
@@ -303,9 +318,12 @@ class CacheCall(_Arguments):
     def row(self, number: int) -> CacheCall:
         """One row of the batch as a call of its own, after `append`, and after `rotated`.
 
-        Its table is as wide as it needs; a batch's is as wide as its longest row needs.
+        Its table is as wide as it needs; a batch's is as wide as its longest row needs. Of a row whose keys are all
+        new, these are the cache, as they are in a batch of one.
         """
         some = slice(number, number + 1)
+        if self.k is not None and self.v is not None and self.seqlen_new and not self.host_before[number]:
+            return CacheCall(self.q[some], self.k[some], self.v[some])
 
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[some]

@@ -273,7 +273,7 @@ def kvcache_pages(call: CacheCall) -> None:
             found = f"{int(used.min())} to {int(used.max())}"
             refuse("block_table", f"numbers of k_cache's pages, from 0 to {count - 1}", found)
     if new and call.batch > 1:
-        page, row = call.slots()
+        page, row = call.slots
         places = (page * call.page_size + row).flatten().tolist()
         if len(set(places)) < len(places):
             refuse("block_table", "another place for each new key", "a page that is the last one of several rows")

@@ -80,6 +80,7 @@ class Cache(Generic[Key, Value]):
         self.name = name
         self._most_entries, self._most_bytes, self._size_of = entries, nbytes, size_of
         self._entries: dict[Key, _Entry[Value]] = {}
+        self.nbytes = 0  # of all of them
         self._lock = threading.Lock()
         self._clock = itertools.count(1)
         _all.append(self)
@@ -112,8 +113,11 @@ class Cache(Generic[Key, Value]):
         except BaseException as error:
             entry.error = error
         with self._lock:
-            if entry.error is not None and self._entries.get(key) is entry:
-                del self._entries[key]
+            if self._entries.get(key) is entry:  # and not cleared meanwhile
+                if entry.error is not None:
+                    del self._entries[key]
+                else:
+                    self.nbytes += entry.nbytes
             self._evict(spared=entry)
             entry.done = True
         entry.finished.set()
@@ -129,7 +133,7 @@ class Cache(Generic[Key, Value]):
         pairs = ((entry.used, key) for key, entry in self._entries.items() if entry.done and entry is not spared)
         old = sorted(pairs, key=itemgetter(0), reverse=True)
         while old and self._is_too_much(spare):
-            del self._entries[old.pop()[1]]
+            self.nbytes -= self._entries.pop(old.pop()[1]).nbytes
 
     def _is_too_much(self, spare: int = 0) -> bool:
         """spare: entries that there is to be room for."""
@@ -139,17 +143,15 @@ class Cache(Generic[Key, Value]):
     def _start_anew(self) -> None:
         self._lock = threading.Lock()
         self._entries = {key: entry for key, entry in self._entries.items() if entry.done}
+        self.nbytes = sum(entry.nbytes for entry in self._entries.values())
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self._entries.values())
-
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self.nbytes = 0
 
     def contents(self) -> str:
         held = f"{self.name} {len(self)} of {self._most_entries}"

@@ -95,7 +95,7 @@ def test_ops_of_another_layer_on_a_kv_cache(kernels_for_nothing, monkeypatch, fi
 
     def layer():
         call = made.cache_call()._replace(shares_tables=True)
-        slots = call.slots()
+        slots = call.slots
         for name in ("k", "v"):
             made.arguments[f"{name}_cache"].index_put_(slots, made.arguments[name])
         return fused.forward(call.unread_problem(made.options))

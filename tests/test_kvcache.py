@@ -314,6 +314,18 @@ def test_under_autocast_the_cache_keeps_its_dtype():
         assert torch.equal(flash_attn_with_kvcache(**mixed), expected)
 
 
+@pytest.mark.parametrize("fields", [{}, {"batch_idx": True}, {"page_size": 4}], ids=["dense", "batch_idx", "paged"])
+def test_a_prompt_needs_no_look_at_the_cache(fields):
+    """Wherever its pages lie: its keys are the new ones, an ordinary dense problem."""
+    prompts = kv.make(Call((0, 0), 9, 9, causal=True, **fields))
+    problem = prompts.cache_call().problem(prompts.options)
+    assert problem.packed is None
+    assert problem.k is prompts.arguments["k"]
+    assert problem.v is prompts.arguments["v"]
+    beside = kv.make(Call((0, 3), 9, 9, causal=True, **fields))
+    assert beside.cache_call().problem(beside.options).packed is not None
+
+
 def test_empty_batch_and_no_queries():
     arguments = small()
     none = {name: x[:0] for name, x in arguments.items()} | {name: arguments[name] for name in ("k_cache", "v_cache")}
@@ -330,9 +342,9 @@ def test_empty_batch_and_no_queries():
 @pytest.mark.parametrize("fields", [{}, {"batch_idx": True}, {"page_size": 16}], ids=["dense", "batch_idx", "paged"])
 @pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("slopes", ["none", "batch"])
-def test_num_splits_1_gives_bits_that_do_not_depend_on_the_batch(fields, queries, slopes):
+@pytest.mark.parametrize("before", [(70, 5, 40, 70), (70, 0, 0, 3)], ids=["steps", "prompts among them"])
+def test_num_splits_1_gives_bits_that_do_not_depend_on_the_batch(fields, queries, slopes, before):
     """Rows beside others that are longer, and alone, where another engine serves them if there are no slopes."""
-    before = (70, 5, 40, 70)
     call = Call(before, queries, queries, causal=True, num_splits=1, slopes=slopes, heads_per_key=1, **fields)
     made = kv.make(call)
     with pytest.MonkeyPatch.context() as patch:
