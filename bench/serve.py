@@ -3,7 +3,9 @@
 Tokens per second of flash_attn_with_kvcache on pages, which are freed and used again, and of SDPA on padded rows.
 
 An iteration admits the requests that have arrived while there are rows for them, each with its prompt's attention, and
-then decodes a token of every row that runs. All the servers see the same tokens.
+then decodes a token of every row that runs. All the servers see the same tokens. A model's layers ask for the same
+lengths and pages, each on a cache of its own: so do the LAYERS here, and both servers make once an iteration what
+layers share.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from .cases import SHORT_DTYPES
 from .parity import PEER_SLACK
 from .timing import Timing, interleaved
 
-HEAD_DIM, NHEADS_K, HEADS_PER_KEY = 64, 4, 4
+HEAD_DIM, NHEADS_K, HEADS_PER_KEY, LAYERS = 64, 4, 4, 4
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,13 @@ class Workload:
     def label(self) -> str:
         heads = f"H{NHEADS_K * HEADS_PER_KEY}/{NHEADS_K} D{HEAD_DIM}"
         dtype = SHORT_DTYPES[str(self.dtype).removeprefix("torch.")]
-        return f"{len(self.requests)} requests on {self.rows} rows, {heads} {dtype}, pages of {self.page_size}"
+        service = f"{len(self.requests)} requests on {self.rows} rows"
+        return f"{service}, {LAYERS} layers of {heads} {dtype}, pages of {self.page_size}"
 
 
 class Server(Protocol):
-    """A cache of `rows` rows. q, k, v: (tokens, heads, HEAD_DIM). Results: out, likewise."""
+    """Caches of `rows` rows, one a layer. q, k, v: (tokens, heads, HEAD_DIM), of every layer. Results: the last one's
+    out, likewise."""
 
     def prefill(self, row: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A prompt, into a row that is free."""
@@ -91,13 +95,22 @@ class Server(Protocol):
     def release(self, row: int) -> None: ...
 
 
+def caches(shape: tuple[int, ...], workload: Workload, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """k and v of every layer."""
+
+    def empty() -> Tensor:
+        return torch.zeros(shape, dtype=workload.dtype, device=device)
+
+    return [(empty(), empty()) for _ in range(LAYERS)]
+
+
 class Paged:
     """Ours: pages of one pool, taken as rows grow, and given back."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         self._page_size, width = workload.page_size, -(-workload.longest // workload.page_size)
         shape = workload.rows * width, workload.page_size, NHEADS_K, HEAD_DIM
-        self._k, self._v = (torch.zeros(shape, dtype=workload.dtype, device=device) for _ in range(2))
+        self._caches = caches(shape, workload, device)
         order = list(range(shape[0]))
         random.Random(0).shuffle(order)
         self._free = deque(order)
@@ -116,10 +129,11 @@ class Paged:
         for row in rows:
             self._reserve(row, q.shape[1])
         seqlens = torch.tensor(before, dtype=torch.int32, device=q.device)
-        table = self._table[rows]
-        out: Tensor = flash_attn_with_kvcache(
-            q, self._k, self._v, k, v, cache_seqlens=seqlens, block_table=table, causal=True
-        )
+        table, out = self._table[rows], q
+        for k_cache, v_cache in self._caches:
+            out = flash_attn_with_kvcache(
+                q, k_cache, v_cache, k, v, cache_seqlens=seqlens, block_table=table, causal=True
+            )
         return out
 
     def prefill(self, row: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -138,28 +152,33 @@ class Padded:
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         shape = workload.rows, workload.longest, NHEADS_K, HEAD_DIM
-        self._k, self._v = (torch.zeros(shape, dtype=workload.dtype, device=device) for _ in range(2))
+        self._caches = caches(shape, workload, device)
         self._lengths = [0] * workload.rows
         self._position = torch.arange(workload.longest, device=device)
 
     def prefill(self, row: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._lengths[row] = tokens = q.shape[0]
-        self._k[row, :tokens], self._v[row, :tokens] = k, v
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        out, (queries, keys, values) = q, (x.transpose(0, 1)[None] for x in (q, k, v))
+        for k_cache, v_cache in self._caches:
+            k_cache[row, :tokens], v_cache[row, :tokens] = k, v
+            out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1)
 
     def decode(self, rows: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         row = torch.tensor(rows, device=q.device)
         place = row, torch.tensor([self._lengths[r] for r in rows], device=q.device)
-        self._k[place], self._v[place] = k, v
         for r in rows:
             self._lengths[r] += 1
         longest = max(self._lengths)
         lengths = torch.tensor([max(1, n) for n in self._lengths], device=q.device)  # a row that is free sees a key
         mask = (self._position[:longest] < lengths[:, None])[:, None, None]
         queries = q.new_zeros(len(self._lengths), *q.shape[1:]).index_copy_(0, row, q)[:, :, None]
-        keys, values = (x[:, :longest].transpose(1, 2) for x in (self._k, self._v))
-        return F.scaled_dot_product_attention(queries, keys, values, mask, enable_gqa=True)[row, :, 0]
+        out = q
+        for k_cache, v_cache in self._caches:
+            k_cache[place], v_cache[place] = k, v
+            keys, values = (x[:, :longest].transpose(1, 2) for x in (k_cache, v_cache))
+            out = F.scaled_dot_product_attention(queries, keys, values, mask, enable_gqa=True)[row, :, 0]
+        return out
 
     def release(self, row: int) -> None:
         self._lengths[row] = 0

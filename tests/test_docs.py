@@ -403,6 +403,12 @@ def decode_table() -> list[list[str]]:
     ]
 
 
+def serve_table() -> list[list[str]]:
+    cases = [f"24 requests on 8 rows, 4 layers of H16/4 D64 {dtype}, pages of 64" for dtype in HALVES]
+    label = "24 requests on 8 rows, 64 to 768 tokens and 16 to 128 more, 4 layers of 16 heads on 4, pages of 64"
+    return [[label, listed("serve", cases, (FORWARD,), "SDPA padded")]]
+
+
 def classes_table() -> list[list[str]]:
     """Its first two columns: there are no records of the other classes."""
 
@@ -454,7 +460,7 @@ def models_table() -> list[list[str]]:
 
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 TABLES = {"Dense": dense_table, "Masks and scores": variants_table, "Packed sequences": varlen_table,
-          "Short calls": short_table, "Decoding": decode_table, "Classes of CPU": classes_table,
+          "Short calls": short_table, "Decoding": decode_table, "Serving": serve_table, "Classes of CPU": classes_table,
           "Inside models": models_table}  # fmt: skip
 
 
