@@ -76,7 +76,7 @@ def _from_elements_of_keys(elements: int) -> Rule:
 
 
 # Rules: tools.rule_fit on 728 random calls, as bench choice draws them, of other seeds; tiles_backward_bf16: on 188, by
-# one thread. Of split_kv on 123, 89, 80 and 268 that both ways took in turns, 2026-11-27.
+# one thread. Of split_kv on 123, 403, 80 and 268 that both ways took in turns, 2026-11-27.
 _ZEN4 = "2 cores of an AMD EPYC (Zen 4), torch 2.13.0, 2026-11-26"
 
 AVX512_BF16 = Tuning(
@@ -95,7 +95,7 @@ AVX512_BF16 = Tuning(
         decode_beside_tiles=Rule(-1.014, 0.152, -0.002, -0.068, 0.02, 0.077, -0.031, 0.005, -0.085),
         decode_from_keys=16,
         decode_from_elements=1 << 13,
-        decode_beside_sdpa=Rule(2.505, 0.228, -0.307, -0.289, -0.176, -0.011, -0.03, -0.499, -0.687),
+        decode_beside_sdpa=Rule(1.467, -0.095, -0.045, 0.007, -0.289, -0.067, -0.23, -0.467, -0.528),
         decode_beside_sdpa_16bit=AT_EVERY_CALL,
         short_keys=256,
         short_from_elements=1 << 14,
