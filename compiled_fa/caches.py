@@ -3,6 +3,7 @@
     compiled code                         by what is fixed in it
     checked calls, routes                 by all that is not in their tensors, and by the lengths of sequences
     layouts, block tables                 of calls on KV caches, by lengths, and the last block table
+    prepared calls                        what is left of a forward for calls alike
     plans, tables, numbers on devices     tensors that calls of one shape share
     packed tables, of cache lengths       tensors that calls with the same cu_seqlens or cache_seqlens share
     groupings                             which packed sequences run side by side
