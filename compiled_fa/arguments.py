@@ -15,6 +15,8 @@ from .problem import Options
 # Below half the resolution of a keep decision (2**-32) nothing is ever dropped. Some callers pass 1e-30.
 NO_DROPOUT = 2.0**-33
 
+_PLAIN = frozenset({type(None), bool, int, float})  # of which equal ones of one type mean the same
+
 
 def check_tensors(**tensors: object) -> None:
     for argument, value in tensors.items():
@@ -118,13 +120,11 @@ def options(
     return found._replace(alibi_slopes=alibi_slopes)
 
 
-_PLAIN = frozenset({type(None), bool, int, float})  # of which equal ones of one type mean the same
-
-
 @functools.lru_cache(maxsize=1024, typed=True)
 def _plain_options(
     dropout_p: float | None, softmax_scale: float | None, causal: bool, softcap: float | None, left: int, right: int
 ) -> Options:
+    """Checked once: that takes as long as a short call's kernel where other work has emptied the caches."""
     return _options(dropout_p, softmax_scale, causal, softcap, (left, right))
 
 

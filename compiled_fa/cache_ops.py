@@ -121,18 +121,24 @@ def _layout(call: CacheCall, right: _RightCall) -> Layout:
     return layout
 
 
+def _row_by_row(call: CacheCall, num_splits: int) -> bool:
+    """Is each row a problem of its own? With num_splits=1, where an engine may do otherwise with a row beside others.
+
+    (On a GPU the kernels do not: a tile belongs to one row, and takes that row's keys in their order.)
+    """
+    return num_splits == 1 and call.batch > 1 and call.q.device.type == "cpu"
+
+
 def _prepared(call: CacheCall, options: Options, how: _How, layout: Layout) -> engines.Prepared | None:
-    if how.num_splits == 1 and call.batch > 1:  # as in _problems
+    """What is left of a call with this layout, if it is one problem."""
+    if _row_by_row(call, how.num_splits):
         return None
     return engines.prepared(layout, how.engine, lambda: call.problem(options, how.num_splits, layout))
 
 
 def _problems(call: CacheCall, options: Options, num_splits: int, layout: Layout | None) -> list[Problem]:
-    """One for all rows; with num_splits=1 one a row, where an engine may do otherwise with a row beside others.
-
-    (On a GPU the kernels do not: a tile belongs to one row, and takes that row's keys in their order.)
-    """
-    if num_splits != 1 or call.batch < 2 or call.q.device.type != "cpu":
+    """One for all rows, or one a row."""
+    if not _row_by_row(call, num_splits):
         return [call.problem(options, num_splits, layout)]
     problems, slopes = [], options.alibi_slopes
     for n in range(call.batch):
@@ -159,13 +165,13 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
                 cache_validation.kvcache_lengths(call, right.consecutive)
                 cache_validation.kvcache_pages(call)
         call = call.rotated(right.how.rotary_interleaved, right.consecutive)
+        if not call.batch or not call.q.shape[1]:
+            call.append()
+            return _empty(call)
         # An engine asked for by name that cannot serve says so before the cache is written.
         if layout is not None and (prepared := _prepared(call, options, right.how, layout)) is not None:
             call.append(layout.places)
             return prepared.run(call.q, *call.keys_and_values(layout))
-        if not call.batch or not call.q.shape[1]:
-            call.append()
-            return _empty(call)
         problems = _problems(call, options, right.how.num_splits, layout)
         routes = [engines.select(problem, "forward", right.how.engine) for problem in problems]
         call.append(None if layout is None else layout.places)

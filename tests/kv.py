@@ -206,6 +206,15 @@ def run(made: Made) -> None:
     check(made, out, lse, before)
 
 
+def small(**changes: Any) -> dict[str, Any]:
+    """Arguments of two rows, all good, or with changes: a cache of 12 keys a row, 3 new ones behind 5 and 2."""
+    torch.manual_seed(1)
+    k_cache, v_cache = torch.randn(2, 2, 12, 2, 8).unbind(0)
+    k, v = torch.randn(2, 2, 3, 2, 8).unbind(0)
+    arguments = {"q": torch.randn(2, 3, 4, 8), "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    return arguments | {"cache_seqlens": torch.tensor([5, 2], dtype=torch.int32)} | changes
+
+
 LENGTH = st.one_of(st.integers(0, 40), st.sampled_from([0, 1, 15, 16, 17, 63, 64, 65]))
 SIDE = st.one_of(st.just(-1), st.integers(0, 30))
 
