@@ -124,7 +124,7 @@ def options(
 def _plain_options(
     dropout_p: float | None, softmax_scale: float | None, causal: bool, softcap: float | None, left: int, right: int
 ) -> Options:
-    """Checked once: that takes as long as a short call's kernel where other work has emptied the caches."""
+    """Checked once for calls alike."""
     return _options(dropout_p, softmax_scale, causal, softcap, (left, right))
 
 
