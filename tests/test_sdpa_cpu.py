@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from support import Case, cases, check_against_float64, cumulative, make, run_engine, run_naive
 from tuned import retune
 
+from compiled_fa import tuning
 from compiled_fa.engines import sdpa_cpu, select
-from compiled_fa.engines.sdpa_cpu.groups import groups
+from compiled_fa.engines.sdpa_cpu import EVERYTHING, aten
+from compiled_fa.engines.sdpa_cpu.groups import calls
 from compiled_fa.problem import Packed
+from compiled_fa.scores import Window
 
 PLAIN = {"window_size": (-1, -1), "softcap": 0.0, "slopes": "none", "dropout_p": 0.0, "tiles": None}
 
@@ -47,22 +50,83 @@ def test_without_gradient_of_lse(dtype, causal):
         assert torch.allclose(one, other, atol=torch.finfo(dtype).eps * 16)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_short_sequences_of_one_length_share_a_call(monkeypatch, causal):
-    lengths = ((5, 5), (9, 7), (5, 5), (5, 5), (0, 4), (9, 7), (3, 0), (0, 4), (200, 90), (5, 5), (200, 90))
-    data = make(Case(lengths, heads_per_key=2, causal=causal))
-    check_against_float64(data, run_engine(sdpa_cpu, data))
-    calls = []
+@pytest.fixture
+def noted(monkeypatch):
+    """Shapes of q, or dout, in every call of PyTorch's kernel from here on, and whether it has a bias."""
+    shapes: list[tuple[tuple[int, ...], bool]] = []
     for name in ("_forward", "_backward"):
-        kernel = getattr(sdpa_cpu.kernel, name)
+        kernel = getattr(aten, name)
 
         def noting(*arguments, kernel=kernel, **options):
-            calls.append(arguments[0])
+            shapes.append((tuple(arguments[0].shape), options.get("attn_mask") is not None))
             return kernel(*arguments, **options)
 
-        monkeypatch.setattr(sdpa_cpu.kernel, name, noting)
-    run_engine(sdpa_cpu, data)
-    assert sorted(len(batch) for batch in calls) == 2 * [1] * 2 + 2 * [2] + 2 * [4]
+        monkeypatch.setattr(aten, name, noting)
+    return shapes
+
+
+LENGTHS = ((5, 5), (9, 7), (5, 5), (5, 5), (0, 4), (9, 7), (3, 0), (0, 4), (200, 90), (5, 5), (200, 90))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_short_sequences_of_one_length_share_a_call(monkeypatch, noted, causal):
+    retune(monkeypatch, sdpa_cpu={"call_products": 0})
+    data = make(Case(LENGTHS, heads_per_key=2, causal=causal))
+    check_against_float64(data, run_engine(sdpa_cpu, data))
+    assert sorted(shape[0] for shape, _ in noted) == 2 * [1] * 2 + 2 * [2] + 2 * [4]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_short_neighbours_are_one_sequence(noted, dtype, causal):
+    """As long as a call of its own costs more than what is computed for nobody: a long one takes a short one."""
+    data = make(Case(LENGTHS, nheads_k=3, heads_per_key=2, head_dim=128, head_dim_v=128, causal=causal, dtype=dtype))
+    check_against_float64(data, run_engine(sdpa_cpu, data))
+    long = 90 if causal else 200
+    assert {(shape[2], biased) for shape, biased in noted} == {(36, True), (205, True), (long, False)}
+    assert len(noted) == 2 * 3
+
+
+@given(plain_cases(dense=False), st.sampled_from([0, 1 << 62]))
+def test_shared_calls_agree_with_float64(case, call_products):
+    data = make(case)
+    with tuning.using(tuning.changed(sdpa_cpu={"call_products": call_products})):
+        check_against_float64(data, run_engine(sdpa_cpu, data))
+
+
+@given(plain_cases(dense=True), st.sampled_from([1, 2, 16]))
+def test_few_queries_agree_with_float64(case, threads):
+    data, here = make(replace(case, heads_per_key=4)), torch.get_num_threads()
+    few = {"few_queries": 1 << 20, "few_queries_from_elements": 0, "few_queries_from_elements_bf16": 0}
+    torch.set_num_threads(threads)
+    try:
+        with tuning.using(tuning.changed(sdpa_cpu=few)):
+            check_against_float64(data, run_engine(sdpa_cpu, data))
+    finally:
+        torch.set_num_threads(here)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dense", "options", "rows"),
+    [
+        (((1, 2000),), True, {}, {4}),  # 2 heads for 2 threads
+        (((3, 2000),) * 2, True, {}, {12}),
+        (((3, 2000),) * 2, False, {}, {12}),
+        (((1, 2000), (1, 1500)), False, {"causal": True}, {4}),  # a single query sees all keys
+        (((3, 2000),) * 2, True, {"causal": True}, {3, 12}),  # a triangle, and a rectangle
+        (((3, 20),), True, {}, {3}),  # few keys: it would not pay
+        (((17, 2000),), True, {}, {17}),  # nor with many queries
+    ],
+)
+def test_few_queries_of_many_heads_are_rows_of_one(noted, lengths, dense, options, rows):
+    here = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        data = make(Case(lengths, dense, nheads_k=2, heads_per_key=4, head_dim=64, head_dim_v=64, **options))
+        check_against_float64(data, run_engine(sdpa_cpu, data))
+    finally:
+        torch.set_num_threads(here)
+    assert {shape[2] for shape, _ in noted} == rows
 
 
 def test_half_precision_in_pieces(monkeypatch):
@@ -132,10 +196,13 @@ def test_what_it_leaves_to_others():
             select(problem, "forward", "sdpa_cpu")
 
 
-def test_groups_of_lengths_that_come_again_are_found_once():
-    def found(*lengths):
-        return groups(Packed(cumulative(lengths), cumulative(lengths), 9, 9))
+def test_calls_of_lengths_that_come_again_are_found_once(monkeypatch):
+    retune(monkeypatch, sdpa_cpu={"call_products": 0})
+
+    def found(*lengths, window=EVERYTHING):
+        return calls(Packed(cumulative(lengths), cumulative(lengths), 9, 9), window, 2, 16)
 
     assert found(5, 9, 5) is found(5, 9, 5)
-    assert [len(queries.take(torch.empty(19, 1))) for queries, _ in found(5, 9, 5)] == [2, 1]
-    assert [len(queries.take(torch.empty(19, 1))) for queries, _ in found(9, 5, 5)] == [1, 2]
+    assert found(5, 9, 5) is not found(5, 9, 5, window=Window(right=0))
+    assert [len(call.queries.take(torch.empty(19, 1))) for call in found(5, 9, 5)] == [2, 1]
+    assert [len(call.queries.take(torch.empty(19, 1))) for call in found(9, 5, 5)] == [1, 2]

@@ -19,7 +19,7 @@ from bench import cases
 from bench.timing import Timing
 from compiled_fa import config, tuning
 from compiled_fa.engines import select
-from compiled_fa.engines.sdpa_cpu import kernel
+from compiled_fa.engines.sdpa_cpu import aten
 from compiled_fa.tuning import AT_EVERY_CALL, AT_NO_CALL, Rule, Sizes, classes, cpu, files
 from compiled_fa.tuning.gpu_tiles import GPU
 from tools import tune
@@ -186,13 +186,13 @@ def test_bf16_is_widened_where_a_table_says_so(monkeypatch, widened, dtype):
     """There it is computed as fp16 is: in fp32, by pieces, so that memory stays linear."""
     retune(monkeypatch, sdpa_cpu={"widens_bf16": widened})
     data, seen = make(Case(((40, 40),) * 2, True, heads_per_key=2, dtype=torch.bfloat16)), []
-    forward = kernel._forward
+    forward = aten._forward
 
     def recorded(q, *rest, **options):
         seen.append(q.dtype)
         return forward(q, *rest, **options)
 
-    monkeypatch.setattr(kernel, "_forward", recorded)
+    monkeypatch.setattr(aten, "_forward", recorded)
     check_against_float64(data, run_op(data, "sdpa_cpu"))
     assert set(seen) == {dtype}
 

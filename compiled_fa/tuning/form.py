@@ -88,6 +88,16 @@ class SdpaCpu:
     # still in the cache when they are used.
     shared_call_below_tokens: int
     shared_call_tokens: int
+    # Products (scores * heads * head_dim) that take as long as a call, for which a sequence may rather be one with its
+    # neighbours; and tokens of all of these, at most.
+    call_products: int
+    call_tokens: int
+    # Of so few queries, query heads that share a key head run as rows of one, where there is enough that need not be
+    # read again and again: elements of keys, times the heads that share them but one; in bf16, which the kernel
+    # converts each time, and in more.
+    few_queries: int
+    few_queries_from_elements: int
+    few_queries_from_elements_bf16: int
     # Is bf16 computed in fp32 forward, as fp16 always is, and both are backward? Copies in fp32 at a time.
     widens_bf16: bool
     widened_bytes: int

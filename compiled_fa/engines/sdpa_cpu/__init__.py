@@ -4,8 +4,9 @@ The kernel knows a scale, "every query sees every key", and causal in a square; 
 What it gives for parts of the keys is merged by lse. Everything else of a score program is for the other engines.
 
 calls.py    forward and backward of a call, dense or packed
-groups.py   packed sequences of one length as a batch
-kernel.py   the kernel, and the parts of a score matrix that it can do
+groups.py   packed sequences that share a call of the kernel
+kernel.py   the parts of a score matrix that the kernel can do
+aten.py     the kernel itself
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ...messages import say_once
 from ...problem import Direction, Problem
 from ...scores import Window
 from ...tuning import Rule, current
-from . import kernel
+from . import aten, kernel
 from .calls import backward, forward, is_one_call, prepared
 
 __all__ = ["backward", "defers", "forward", "inlines", "name", "prepared", "unsupported_reason"]
@@ -35,7 +36,7 @@ def unsupported_reason(
     """Why this engine cannot serve a device, or a call on it; None: it can."""
     if device.type != "cpu":
         return f"its kernel is for CPUs, and this is {device.type}"
-    if reason := kernel.missing():
+    if reason := aten.missing():
         say_once(f"not the sdpa_cpu engine on a CPU: {reason}")
         return reason
     if problem is None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from torch import SymInt, Tensor
 
 from ...memory import new_empty
-from ...problem import Direction, Problem
+from ...problem import Direction, Packed, Problem
+from ...scores import Window
 from ..engine import Prepared
-from .groups import groups
+from .groups import Shared, calls
 from .kernel import Gradients, at_once, attend, attend_at_once, differentiate, is_causal, widens, widens_backward
 
 
@@ -26,18 +28,18 @@ def prepared(problem: Problem) -> Prepared | None:
     """As the engine's: of a call that is one of the kernel's."""
     if problem.bias is not None or not is_one_call(problem, "forward"):
         return None
-    return Prepared(functools.partial(attend_at_once, is_causal(problem), problem.softmax_scale))
+    return Prepared(functools.partial(attend_at_once, is_causal(problem, problem.q), problem.softmax_scale))
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """-> out, shaped as q, and lse, (B, H, Sq) or, packed, (H, T)."""
-    q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
-    if packed is None:
+    q, k, v = problem.q, problem.k, problem.v
+    if problem.packed is None:
         return attend(problem, q, k, v)
     out = new_empty(q, q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=problem.lse_dtype)
-    for queries, keys in groups(packed):
-        some_out, some_lse = attend(problem, queries.take(q), keys.take(k), keys.take(v))
+    for queries, keys, bias in _shared(problem, problem.packed):
+        some_out, some_lse = attend(_as_one(problem, bias), queries.take(q), keys.take(k), keys.take(v))
         queries.put(out, some_out)
         queries.put(lse.mT, some_lse.mT)
     return out, lse
@@ -45,14 +47,26 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None) -> Gradients:
     """-> dq, dk, dv, from the lse given, which may be merged over more keys than these; dlse: its gradient, or None."""
-    q, k, v, packed = problem.q, problem.k, problem.v, problem.packed
-    if packed is None:
+    q, k, v = problem.q, problem.k, problem.v
+    if problem.packed is None:
         return differentiate(problem, (q, dout, out), (k, v), lse, dlse)
     gradients = new_empty(q, q.shape), new_empty(k, k.shape), new_empty(v, v.shape)
-    for queries, keys in groups(packed):
+    for queries, keys, bias in _shared(problem, problem.packed):
         of_queries = queries.take(q), queries.take(dout), queries.take(out)
         some_dlse = None if dlse is None else queries.take(dlse.mT).mT
-        some = differentiate(problem, of_queries, (keys.take(k), keys.take(v)), queries.take(lse.mT).mT, some_dlse)
+        of_keys, some_lse = (keys.take(k), keys.take(v)), queries.take(lse.mT).mT
+        some = differentiate(_as_one(problem, bias), of_queries, of_keys, some_lse, some_dlse)
         for rows, gradient, values in zip((queries, keys, keys), gradients, some, strict=True):
             rows.put(gradient, values)
     return gradients
+
+
+def _shared(problem: Problem, packed: Packed) -> list[Shared]:
+    return calls(packed, problem.window_in_force, *problem.q.shape[1:])
+
+
+def _as_one(problem: Problem, bias: Tensor | None) -> Problem:
+    """The problem of sequences that run as one, of which the bias says what they see; None: the call's own."""
+    if bias is None:
+        return problem
+    return replace(problem, packed=None, window=Window(), bias=bias, signature=None, notes={})

@@ -1,15 +1,10 @@
-"""Calls of PyTorch's flash kernel for CPUs on (B, S, H, D), by the parts that it can do, merged by lse.
-
-Private API: aten::_scaled_dot_product_flash_attention_for_cpu and its backward, the kernel below
-F.scaled_dot_product_attention, which gives lse too. Tried with torch 2.11.0, 2.13.0 and 2.15.0; where it is missing,
-the tiled engine serves in its place, and a warning says so once.
-"""
+"""Attention on (B, S, H, D) by the parts that PyTorch's kernel can do, merged by lse."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +12,9 @@ from torch import Tensor
 from ...memory import new_empty
 from ...problem import Problem, bias_part
 from ...tuning import current
-
-_forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+from . import aten
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-
-
-def missing() -> str | None:
-    """Why there is no kernel; None: there is."""
-    return f"torch {torch.__version__} does not have its kernel" if _forward is None or _backward is None else None
 
 
 class Part(NamedTuple):
@@ -38,15 +26,16 @@ class Part(NamedTuple):
     causal: bool
 
 
-def is_causal(problem: Problem) -> bool:
-    return problem.window_in_force.right is not None
+def is_causal(problem: Problem, q: Tensor) -> bool:
+    """Is something hidden from queries (B, Sq, H, D) of the call? From a single one there is not."""
+    return problem.window_in_force.right is not None and bool(q.shape[1] > 1)
 
 
 def at_once(problem: Problem, q: Tensor, k: Tensor) -> bool:
     """Can the kernel do tensors (B, S, H, D) as they are?"""
     batch, seqlen_q, *_ = q.shape
     seqlen_k = k.shape[1]
-    return bool(batch and seqlen_q and seqlen_k) and (seqlen_q == seqlen_k or not is_causal(problem))
+    return bool(batch and seqlen_q and seqlen_k) and (seqlen_q == seqlen_k or not is_causal(problem, q))
 
 
 def _parts(q: Tensor, k: Tensor) -> list[Part]:
@@ -121,7 +110,7 @@ def attend_at_once(
 ) -> tuple[Tensor, Tensor]:
     """(B, S, H, D), and a bias as `_added` gives it -> out and lse (B, H, Sq)."""
     queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
-    out, lse = _forward(queries, keys, values, 0.0, causal, attn_mask=bias, scale=softmax_scale)
+    out, lse = aten.forward(queries, keys, values, causal, softmax_scale, bias)
     if bias is not None:  # the kernel says 0 of rows that see nothing
         lse = torch.where(bias.amax(-1) == -inf, -inf, lse)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
@@ -130,15 +119,13 @@ def attend_at_once(
 def _attend_by_parts(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scale = problem.softmax_scale
     if at_once(problem, q, k):
-        return attend_at_once(is_causal(problem), scale, q, k, v, _added(problem, q.dtype))
+        return attend_at_once(is_causal(problem, q), scale, q, k, v, _added(problem, q.dtype))
     queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
     out = q.new_zeros(q.shape)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -inf, dtype=problem.lse_dtype)
     for first, *span, causal in _parts(q, k):
         seen = slice(*span)
-        part_out, part_lse = _forward(
-            queries[:, :, first:], keys[:, :, seen], values[:, :, seen], 0.0, causal, scale=scale
-        )
+        part_out, part_lse = aten.forward(queries[:, :, first:], keys[:, :, seen], values[:, :, seen], causal, scale)
         merged = torch.logaddexp(lse[:, :, first:], part_lse)
         old, new = ((x - merged).exp().mT[..., None] for x in (lse[:, :, first:], part_lse))
         out[:, first:] = old * out[:, first:] + new * part_out.transpose(1, 2)
@@ -192,14 +179,14 @@ def _differentiate_by_parts(
         bias = _added(problem, q.dtype)
         if bias is not None:
             bias, lse = bias_part(bias, *piece, slice(None), slice(None)), lse.masked_fill(lse == -inf, inf)
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, is_causal(problem), attn_mask=bias, scale=scale)
+        dq, dk, dv = aten.backward((q, dout, out), (k, v), lse, is_causal(problem, of_queries[0]), scale, bias)
     else:
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for first, *span, causal in _parts(of_queries[0], of_keys[0]):
             seen = slice(*span)
-            part_q, part_dout, part_out = (x[:, :, first:] for x in (q, dout, out))
-            part_k, part_v, part_lse = k[:, :, seen], v[:, :, seen], lse[:, :, first:]
-            part = _backward(part_dout, part_q, part_k, part_v, part_out, part_lse, 0.0, causal, scale=scale)
+            q_part, dout_part, out_part = (x[:, :, first:] for x in (q, dout, out))
+            some_keys = k[:, :, seen], v[:, :, seen]
+            part = aten.backward((q_part, dout_part, out_part), some_keys, lse[:, :, first:], causal, scale)
             for gradient, added in zip((dq[:, :, first:], dk[:, :, seen], dv[:, :, seen]), part, strict=True):
                 gradient += added
     return dq.transpose(1, 2).contiguous(), dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous()
