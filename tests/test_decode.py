@@ -156,7 +156,7 @@ def test_keys_outside_the_window_are_not_read(small_splits):
 
 
 def test_who_decodes(compiled_steps, monkeypatch):
-    """Long caches, and many, in any layout: split_kv. Others: sdpa_cpu. Many heads a key head: tiles."""
+    """Long caches, and many, in any layout: split_kv. Others, and many heads a key head: sdpa_cpu, or else tiles."""
 
     def served(keys, queries=1, nheads=8, batch=2, dtype=torch.float32, **options):
         q, k = torch.empty(batch, queries, nheads, 64, dtype=dtype), torch.empty(batch, keys, 4, 64, dtype=dtype)
@@ -164,11 +164,11 @@ def test_who_decodes(compiled_steps, monkeypatch):
         return select(problem, "forward").engine.name
 
     assert served(1024) == served(256, batch=16) == served(5000, 4) == served(1024, 1, 64) == "split_kv"
-    assert served(600) == served(40, batch=99) == served(1024, 16) == "sdpa_cpu"
+    assert served(600) == served(40, batch=99) == served(1024, 16) == served(5000, 1, 128) == "sdpa_cpu"
     assert served(128, dtype=torch.bfloat16) == served(128, dtype=torch.float16) == "split_kv"
     assert served(100, dtype=torch.bfloat16) == "sdpa_cpu"
     assert served(100, batch=4, softcap=1.0) == "split_kv"
-    assert served(60, softcap=1.0) == served(5000, 1, 128) == "tiled"
+    assert served(60, softcap=1.0) == served(5000, 1, 128, softcap=1.0) == "tiled"
     monkeypatch.setenv("COMPILED_FA_COMPILE", "0")  # tiles run eagerly then, slower than sdpa_cpu
     assert served(1024) == "sdpa_cpu"
 

@@ -92,9 +92,9 @@ class SdpaCpu:
     # neighbours; and tokens of all of these, at most.
     call_products: int
     call_tokens: int
-    # Of so few queries, query heads that share a key head run as rows of one, where there is enough that need not be
-    # read again and again: elements of keys, times the heads that share them but one; in bf16, which the kernel
-    # converts each time, and in more.
+    # So few queries are not for tiles. Query heads that share a key head run as rows of one, where there is enough that
+    # need not be read again and again: elements of keys, times the heads that share them but one; in bf16, which the
+    # kernel converts each time, and in more.
     few_queries: int
     few_queries_from_elements: int
     few_queries_from_elements_bf16: int
@@ -118,6 +118,8 @@ class SplitKV:
     decode_beside_tiles: Rule
     decode_beside_sdpa: Rule
     decode_beside_sdpa_16bit: Rule
+    # Rows up to which the former is asked of dense calls: more PyTorch's kernel multiplies at once, faster than here.
+    decode_rows_beside_sdpa: int
     # Keys of a split: enough splits for all threads, or, from so many keys on, few to be merged.
     split_keys: int
     long_split_keys: int

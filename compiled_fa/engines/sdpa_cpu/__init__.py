@@ -78,5 +78,8 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
     """Are tiles faster at a call that this engine could serve? By the rules of tuning/cpu.py."""
     if problem.q.device.type != "cpu":  # where lengths of keys in pages cannot be read without waiting
         return True
-    tiles: Rule = getattr(current().sdpa_cpu, rule(problem, direction))
+    tuned = current().sdpa_cpu
+    if problem.mean_seqlens[0] <= tuned.few_queries:
+        return False
+    tiles: Rule = getattr(tuned, rule(problem, direction))
     return tiles.favours(problem.features)

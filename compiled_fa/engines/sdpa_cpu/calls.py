@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import SymInt, Tensor
@@ -12,7 +13,18 @@ from ...problem import Direction, Packed, Problem
 from ...scores import Window
 from ..engine import Prepared
 from .groups import Shared, calls
-from .kernel import Gradients, at_once, attend, attend_at_once, differentiate, is_causal, widens, widens_backward
+from .kernel import (
+    Gradients,
+    at_once,
+    attend,
+    attend_at_once,
+    attend_at_once_widened,
+    differentiate,
+    is_causal,
+    is_one_piece,
+    widens,
+    widens_backward,
+)
 
 
 def is_one_call(problem: Problem, direction: Direction) -> bool:
@@ -26,9 +38,17 @@ def is_one_call(problem: Problem, direction: Direction) -> bool:
 
 def prepared(problem: Problem) -> Prepared | None:
     """As the engine's: of a call that is one of the kernel's."""
-    if problem.bias is not None or not is_one_call(problem, "forward"):
+    q, k = problem.q, problem.k
+    if problem.packed is not None or problem.bias is not None or not at_once(problem, q, k):
         return None
-    return Prepared(functools.partial(attend_at_once, is_causal(problem, problem.q), problem.softmax_scale))
+    run: Callable[..., tuple[Tensor, Tensor]]
+    if not widens(q):
+        run = attend_at_once
+    elif is_one_piece(q, k):
+        run = attend_at_once_widened
+    else:
+        return None
+    return Prepared(functools.partial(run, is_causal(problem, q), problem.softmax_scale))
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,10 @@ def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(first, first + sequences), slice(head * heads_per_key, stop * heads_per_key), slice(head, stop)
 
 
+def is_one_piece(q: Tensor, k: Tensor) -> bool:
+    return len(list(_pieces(q, k))) == 1
+
+
 def widens(q: Tensor) -> bool:
     """Is forward computed in fp32, in pieces? In fp16 the kernel takes twice the time that it takes in fp32; in bf16 it
     depends on the CPU."""
@@ -95,6 +99,9 @@ def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
     """(B, S, H, D) -> out and lse (B, H, Sq)."""
     if not widens(q):
         return _attend_by_parts(problem, q, k, v)
+    if is_one_piece(q, k):
+        wide_out, wide_lse = _attend_by_parts(problem, q.float(), k.float(), v.float())
+        return wide_out.to(q.dtype), wide_lse
     out = new_empty(q, q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=problem.lse_dtype)
     for sequences, heads, heads_k in _pieces(q, k):
@@ -114,6 +121,14 @@ def attend_at_once(
     if bias is not None:  # the kernel says 0 of rows that see nothing
         lse = torch.where(bias.amax(-1) == -inf, -inf, lse)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+def attend_at_once_widened(
+    causal: bool, softmax_scale: float, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Likewise, computed in fp32."""
+    out, lse = attend_at_once(causal, softmax_scale, q.float(), k.float(), v.float())
+    return out.to(q.dtype), lse
 
 
 def _attend_by_parts(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def unsupported_reason(
 
 
 def rule(problem: Problem, to: str) -> str | None:
-    """The name of the tuned rule by which it is faster than the engine `to`; None: it does not serve."""
+    """The name of the tuned rule by which it is faster than the engine `to`; None: it is not."""
     if decode.is_worth_code(problem) and decode.unsupported_reason(problem) is None:
         return decode.rule(problem, to)
     if short_varlen.is_worth_code(problem) and short_varlen.unsupported_reason(problem) is None:

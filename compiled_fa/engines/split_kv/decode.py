@@ -58,11 +58,15 @@ def is_worth_code(problem: Problem) -> bool:
     return problem.mean_seqlens[1] >= tuned.decode_from_keys and elements >= tuned.decode_from_elements
 
 
-def rule(problem: Problem, instead_of: str) -> str:
-    """The name of the tuned rule by which it is faster than that engine."""
+def rule(problem: Problem, instead_of: str) -> str | None:
+    """The name of the tuned rule by which it is faster than that engine; None: it is not."""
     if instead_of != "sdpa_cpu":
         return "decode_beside_tiles"
-    return "decode_beside_sdpa_16bit" if problem.k.dtype.itemsize < 4 else "decode_beside_sdpa"
+    if problem.k.dtype.itemsize < 4:
+        return "decode_beside_sdpa_16bit"
+    rows = problem.mean_seqlens[0] * problem.heads_per_key
+    many = problem.packed is None and rows > current().split_kv.decode_rows_beside_sdpa
+    return None if many else "decode_beside_sdpa"
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
