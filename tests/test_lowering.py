@@ -66,7 +66,8 @@ def test_of_a_compiled_call_one_direction_may_stay_ours():
 
 def test_gradients_in_16_bits_stay_ours(monkeypatch):
     """The kernel sums them in their dtype, the engine in fp32."""
-    rules = dict.fromkeys(("tiles_forward_bf16", "tiles_backward_bf16"), tuning.AT_NO_CALL)
+    kinds = "forward_bf16", "forward_bf16_gqa", "backward_bf16", "backward_bf16_gqa"
+    rules = dict.fromkeys((f"tiles_{kind}" for kind in kinds), tuning.AT_NO_CALL)
     retune(monkeypatch, sdpa_cpu={"widens_bf16": False, **rules})
     expected = {KERNEL, torch.ops.compiled_fa.attention_backward.default}
     assert attention_in_graph(inputs(dtype=torch.bfloat16)) == expected

@@ -167,6 +167,25 @@ def test_what_a_table_leaves_to_tiles(monkeypatch, direction):
         }
 
 
+def test_bf16_has_a_rule_for_every_kind_of_call(monkeypatch):
+    bf16 = {"dtype": torch.bfloat16}
+    kinds: dict[str, dict[str, Any]] = {
+        "": bf16,
+        "_causal": {"causal": True, **bf16},
+        "_gqa": {"heads_per_key": 4, **bf16},
+        "_gqa_causal": {"causal": True, "heads_per_key": 4, **bf16},
+    }
+    for direction in ("forward", "backward"):
+        for kind in kinds:
+            asked = f"tiles_{direction}_bf16{kind if direction == 'forward' else kind.removesuffix('_causal')}"
+            monkeypatch.setattr(tuning, "_current", cpu.PLAIN)
+            retune(monkeypatch, sdpa_cpu={asked: AT_EVERY_CALL})
+            tiled = {other for other in kinds if served(((99, 99),), True, direction, **kinds[other]) == "tiled"}
+            same = {kind, kind.removesuffix("_causal"), f"{kind.removesuffix('_causal')}_causal"}
+            assert tiled == ({kind} if direction == "forward" else same)
+            assert served(((16, 99),), True, direction, **kinds[kind]) == "sdpa_cpu"  # few queries
+
+
 @pytest.mark.parametrize("name", cpu.TABLES)
 def test_results_are_right_under_every_table(monkeypatch, name):
     monkeypatch.setattr(tuning, "_current", cpu.TABLES[name])
@@ -221,8 +240,8 @@ def changed(part, field, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.update(version=0), "must be of version 2, got version 0"),
-        (lambda table: table.pop("version"), "must be of version 2, got version None"),
+        (lambda table: table.update(version=0), "must be of version 3, got version 0"),
+        (lambda table: table.pop("version"), "must be of version 3, got version None"),
         (lambda table: table.pop("tiled"), "must be a table with tiled, got none"),
         (lambda table: table.update(gpu={}), "must be a table without other fields, got gpu"),
         (lambda table: table.update(name=7), "must be a string as name, got 7"),

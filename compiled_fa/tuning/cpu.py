@@ -7,17 +7,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import log
+from typing import Any
 
 from .form import AT_EVERY_CALL, AT_NO_CALL, NEVER, Rule, SdpaCpu, SplitKV, Tiled, Tuning
+
+
+def _bf16_rules(forward: Rule, backward: Rule) -> dict[str, Any]:
+    """Of all kinds of calls alike."""
+    kinds = "", "_causal", "_gqa", "_gqa_causal"
+    return {f"tiles_forward_bf16{kind}": forward for kind in kinds} | {
+        f"tiles_backward_bf16{kind}": backward for kind in ("", "_gqa")
+    }
+
 
 PLAIN = Tuning(
     name="plain",
     sdpa_cpu=SdpaCpu(
         measured_on=None,
         tiles_forward=AT_NO_CALL,
-        tiles_forward_bf16=AT_NO_CALL,
         tiles_backward=AT_NO_CALL,
-        tiles_backward_bf16=AT_NO_CALL,
+        **_bf16_rules(AT_NO_CALL, AT_NO_CALL),
         shared_call_below_tokens=96,
         shared_call_tokens=512,
         call_products=1 << 22,
@@ -81,9 +90,9 @@ def _from_elements_of_keys(elements: int) -> Rule:
     return Rule(log(elements), keys=-1.0, batch=-1.0, heads=-1.0, heads_per_key=1.0, head_dim=-1.0)
 
 
-# Rules: tools.rule_fit on 728 random calls, as bench choice draws them, of other seeds; tiles_backward_bf16: on 188, by
-# one thread. Of split_kv on 123, 403, 32 and 256 that both ways took in turns, 2026-11-27.
-_ZEN4 = "2 cores of an AMD EPYC (Zen 4), torch 2.13.0, 2026-11-26"
+# Rules: tools.rule_fit on random calls, as bench choice draws them, of other seeds. Tiles in bf16: on 123, 128, 179 and
+# 159 forward, 140 and 205 backward, in other dtypes on 728; of split_kv on 123, 403, 26 and 256 that both ways took.
+_ZEN4 = "2 cores of an AMD EPYC (Zen 4), torch 2.13.0, 2026-11-27"
 
 AVX512_BF16 = Tuning(
     name="avx512_bf16",
@@ -91,9 +100,13 @@ AVX512_BF16 = Tuning(
         PLAIN.sdpa_cpu,
         measured_on=f"{_ZEN4}: which calls are for tiles",
         tiles_forward=Rule(2.563, 0.013, -0.165, 0.005, -0.192, -0.069, -0.092, -0.195, 0.046),
-        tiles_forward_bf16=Rule(4.362, -0.08, -0.173, -0.076, -0.189, 0.024, -0.503, 0.5, -0.032),
+        tiles_forward_bf16=Rule(6.478, -0.292, -0.181, -0.106, -0.308, 0.0, -0.64, 0.0, -0.218),
+        tiles_forward_bf16_causal=Rule(1.913, -0.009, -0.092, -0.07, -0.127, 0.0, -0.063, 0.0, 0.145),
+        tiles_forward_bf16_gqa=Rule(6.218, -0.212, -0.136, -0.242, -0.399, 0.04, -0.681, 0.0, -0.194),
+        tiles_forward_bf16_gqa_causal=Rule(4.873, 0.021, -0.271, -0.256, -0.448, 0.305, -0.501, 0.0, 0.55),
         tiles_backward=Rule(2.647, 0.093, -0.186, -0.026, 0.016, -0.044, -0.294, -0.04, -0.021),
-        tiles_backward_bf16=Rule(3.413, -0.21, -0.161, 0.004, -0.054, -0.183, -0.28, 0.05, -0.019),
+        tiles_backward_bf16=Rule(3.338, -0.193, -0.168, -0.074, 0.039, 0.0, -0.268, 0.67, 0.139),
+        tiles_backward_bf16_gqa=Rule(4.962, -0.303, -0.245, -0.057, -0.146, -0.138, -0.363, 0.231, -0.118),
     ),
     split_kv=replace(
         PLAIN.split_kv,
@@ -106,7 +119,7 @@ AVX512_BF16 = Tuning(
         decode_rows_beside_sdpa=8,
         short_keys=256,
         short_from_elements=1 << 14,
-        short_beside_tiles=Rule(-2.933, 0.237, 0.237, -0.031, -0.078, 0.407, 0.172, -0.361),
+        short_beside_tiles=Rule(-3.251, 0.083, 0.083, -0.071, 0.059, 0.194, 0.495, -0.693),
         short_beside_sdpa=Rule(-2.945, 0.217, 0.193, -0.055, 0.002, 0.142, 0.26, -0.461),
         accumulators=16,
         register_bytes=64,
@@ -125,9 +138,8 @@ ZEN5 = Tuning(
         PLAIN.sdpa_cpu,
         measured_on=_ZEN5,
         tiles_forward=Rule(log(4096), queries=2.0, keys=-1.0),
-        tiles_forward_bf16=Rule(log(256), keys=-1.0),
         tiles_backward=Rule(20.0, queries=-1.0, causal=log(257) - 20.0),
-        tiles_backward_bf16=AT_EVERY_CALL,
+        **_bf16_rules(Rule(log(256), keys=-1.0), AT_EVERY_CALL),
     ),
     split_kv=replace(
         PLAIN.split_kv,
@@ -173,7 +185,7 @@ AMX = replace(
     sdpa_cpu=replace(
         PLAIN.sdpa_cpu,
         measured_on=f"{_SAPPHIRE_RAPIDS}: which calls are for tiles",
-        tiles_backward_bf16=AT_EVERY_CALL,
+        **_bf16_rules(AT_NO_CALL, AT_EVERY_CALL),
     ),
     split_kv=replace(
         ZEN5.split_kv,

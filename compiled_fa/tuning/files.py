@@ -1,6 +1,6 @@
 """Tables in files: what COMPILED_FA_TUNING reads.
 
-    {"version": 2, "name": "...", "sdpa_cpu": {"measured_on": "...", "tiles_forward": {"constant": 1.0, ...}, ...}, ...}
+    {"version": 3, "name": "...", "sdpa_cpu": {"measured_on": "...", "tiles_forward": {"constant": 1.0, ...}, ...}, ...}
 
 Every field of form.py, no other. JSON, with NEVER written as null, and rules as objects of their weights.
 """
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from .form import NEVER, Rule, SdpaCpu, SplitKV, Tiled, Tuning
 
-VERSION = 2  # of the form: to be raised when a field is added, removed, or means something else
+VERSION = 3  # of the form: to be raised when a field is added, removed, or means something else
 
 PARTS: dict[str, type[SdpaCpu] | type[SplitKV] | type[Tiled]] = {
     "sdpa_cpu": SdpaCpu,

@@ -79,11 +79,16 @@ class SdpaCpu:
     """When PyTorch's CPU flash kernel leaves a call to tiles, and how calls of it are put together."""
 
     measured_on: str | None
-    # Tiles / PyTorch's kernel, in bf16 and in all other dtypes.
+    # Tiles / PyTorch's kernel. In bf16, where either may be faster, calls whose query heads share key heads (gqa) are a
+    # kind of their own: their tiles are taller.
     tiles_forward: Rule
     tiles_forward_bf16: Rule
+    tiles_forward_bf16_causal: Rule
+    tiles_forward_bf16_gqa: Rule
+    tiles_forward_bf16_gqa_causal: Rule
     tiles_backward: Rule
     tiles_backward_bf16: Rule
+    tiles_backward_bf16_gqa: Rule
     # Packed sequences below this share a call with those of their lengths, of so many tokens at a time that they are
     # still in the cache when they are used.
     shared_call_below_tokens: int

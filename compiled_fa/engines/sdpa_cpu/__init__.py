@@ -71,7 +71,11 @@ def _no_bias(problem: Problem, bias: Tensor, direction: Direction) -> str | None
 
 def rule(problem: Problem, direction: Direction) -> str:
     """The name of the tuned rule by which tiles are faster."""
-    return f"tiles_{direction}_bf16" if problem.q.dtype == torch.bfloat16 else f"tiles_{direction}"
+    if problem.q.dtype != torch.bfloat16:
+        return f"tiles_{direction}"
+    gqa = "_gqa" if problem.heads_per_key > 1 else ""
+    causal = "_causal" if direction == "forward" and problem.window_in_force == CAUSAL else ""
+    return f"tiles_{direction}_bf16{gqa}{causal}"
 
 
 def defers(problem: Problem, direction: Direction, to: str) -> bool:
