@@ -129,6 +129,20 @@ def test_few_queries_of_many_heads_are_rows_of_one(noted, lengths, dense, option
     assert {shape[2] for shape, _ in noted} == rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_prepared_is_the_call(monkeypatch, dtype, causal):
+    data = make(Case(((30, 30),) * 2, True, nheads_k=2, heads_per_key=2, dtype=dtype, causal=causal))
+    problem = data.problem()
+    prepared = sdpa_cpu.prepared(problem)
+    assert prepared is not None
+    for one, other in zip(prepared.run(problem.q, problem.k, problem.v), sdpa_cpu.forward(problem), strict=True):
+        assert torch.equal(one, other)
+    retune(monkeypatch, sdpa_cpu={"widened_bytes": 1})  # several pieces
+    assert (sdpa_cpu.prepared(problem) is None) == (dtype == torch.float16)
+    assert sdpa_cpu.prepared(make(Case(((30, 30),) * 2, False, dtype=dtype)).problem()) is None
+
+
 def test_half_precision_in_pieces(monkeypatch):
     """Heads and sequences whose fp32 copies are over the limit are done one after another."""
     data = make(Case(((30, 40),) * 3, True, nheads_k=3, heads_per_key=2, dtype=torch.float16))
