@@ -87,6 +87,28 @@ def test_short_neighbours_are_one_sequence(noted, dtype, causal):
     assert len(noted) == 2 * 3
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_sequence(noted, value, name, dtype, causal):
+    data = make(Case(((5, 6), (9, 9), (3, 3)), heads_per_key=2, dtype=dtype, causal=causal))
+    finite = run_engine(sdpa_cpu, data)
+    assert {biased for _, biased in noted} == {True}
+    getattr(data, name)[7, 1] = value  # of the second sequence
+    found = run_engine(sdpa_cpu, data)
+    for result, of_sequence in (
+        ("out", slice(5, 14)),
+        ("dq", slice(5, 14)),
+        ("dk", slice(6, 15)),
+        ("dv", slice(6, 15)),
+    ):
+        others = torch.ones(len(found[result]), dtype=torch.bool)
+        others[of_sequence] = False
+        atol = 4 * torch.finfo(dtype).eps
+        assert torch.allclose(found[result][others], finite[result][others], atol=atol), result
+
+
 @given(plain_cases(dense=False), st.sampled_from([0, 1 << 62]))
 def test_shared_calls_agree_with_float64(case, call_products):
     data = make(case)

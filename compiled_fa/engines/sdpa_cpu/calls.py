@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from math import isnan
 
 from torch import SymInt, Tensor
 
@@ -58,10 +59,15 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         return attend(problem, q, k, v)
     out = new_empty(q, q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=problem.lse_dtype)
-    for queries, keys, bias in _shared(problem, problem.packed):
+
+    def compute(some: Shared) -> tuple[Tensor, ...]:
+        queries, keys, bias = some
         some_out, some_lse = attend(_as_one(problem, bias), queries.take(q), keys.take(k), keys.take(v))
         queries.put(out, some_out)
         queries.put(lse.mT, some_lse.mT)
+        return (some_out,)
+
+    _compute_all(problem, problem.packed, compute)
     return out, lse
 
 
@@ -71,18 +77,35 @@ def backward(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Ten
     if problem.packed is None:
         return differentiate(problem, (q, dout, out), (k, v), lse, dlse)
     gradients = new_empty(q, q.shape), new_empty(k, k.shape), new_empty(v, v.shape)
-    for queries, keys, bias in _shared(problem, problem.packed):
+
+    def compute(some: Shared) -> tuple[Tensor, ...]:
+        queries, keys, bias = some
         of_queries = queries.take(q), queries.take(dout), queries.take(out)
         some_dlse = None if dlse is None else queries.take(dlse.mT).mT
         of_keys, some_lse = (keys.take(k), keys.take(v)), queries.take(lse.mT).mT
-        some = differentiate(_as_one(problem, bias), of_queries, of_keys, some_lse, some_dlse)
-        for rows, gradient, values in zip((queries, keys, keys), gradients, some, strict=True):
+        found = differentiate(_as_one(problem, bias), of_queries, of_keys, some_lse, some_dlse)
+        for rows, gradient, values in zip((queries, keys, keys), gradients, found, strict=True):
             rows.put(gradient, values)
+        return found
+
+    _compute_all(problem, problem.packed, compute)
     return gradients
 
 
-def _shared(problem: Problem, packed: Packed) -> list[Shared]:
-    return calls(packed, problem.window_in_force, *problem.q.shape[1:])
+def _compute_all(problem: Problem, packed: Packed, compute: Callable[[Shared], tuple[Tensor, ...]]) -> None:
+    """compute: a call of the kernel -> its results, which it has put where they belong.
+
+    A hidden key weighs 0, and 0 * inf is not a number: what is not finite in one of the sequences that run as one would
+    reach the others. It shows in their sums, and then all are computed by themselves.
+    """
+    _, heads, head_dim = problem.q.shape
+    where = packed, problem.window_in_force, heads, head_dim
+    for some in calls(*where):
+        results = compute(some)
+        if some.bias is not None and any(isnan(float(x.sum())) for x in results):
+            for one in calls(*where, apart=True):
+                compute(one)
+            return
 
 
 def _as_one(problem: Problem, bias: Tensor | None) -> Problem:

@@ -62,22 +62,32 @@ def _nbytes(calls: list[Shared]) -> int:
 _calls: Cache[object, list[Shared]] = Cache("packed groups", 16, 4 << 20, _nbytes)
 
 
-def calls(packed: Packed, window: Window, heads: int, head_dim: int) -> list[Shared]:
-    """Of all sequences of a packed call. heads: of queries."""
+def calls(packed: Packed, window: Window, heads: int, head_dim: int, apart: bool = False) -> list[Shared]:
+    """Of all sequences of a packed call. heads: of queries. apart: none as one with others."""
     tuned, sums = current().sdpa_cpu, packed.host_sums
+    products = 0 if apart else tuned.call_products
     lengths = list(zip(*packed.host_lengths, strict=True))
-    key = *map(tuple, sums), window, heads * head_dim, tuned
-    return _calls.get(key, lambda: _made(sums, lengths, window, heads * head_dim, tuned))
+    limits = products, tuned.call_tokens, tuned.shared_call_below_tokens, tuned.shared_call_tokens
+    key = *map(tuple, sums), window, heads * head_dim, limits
+    return _calls.get(key, lambda: _made(sums, lengths, window, heads * head_dim, products, tuned))
 
 
 def _made(
-    first_rows: tuple[Sequence[int], Sequence[int]], lengths: Lengths, window: Window, width: int, tuned: SdpaCpu
+    first_rows: tuple[Sequence[int], Sequence[int]],
+    lengths: Lengths,
+    window: Window,
+    width: int,
+    products: int,
+    tuned: SdpaCpu,
 ) -> list[Shared]:
-    """As is cheaper: by their lengths, or one after another. width: heads * head_dim, the products of a score."""
+    """As is cheaper: by their lengths, or one after another.
+
+    width: heads * head_dim, the products of a score. products: as many as take as long as a call.
+    """
     alike = list(_alike(lengths, tuned))
-    neighbours = list(_neighbours(lengths, width, tuned))
+    neighbours = list(_neighbours(lengths, products // width, tuned.call_tokens))
     hidden = sum(_hidden(lengths, run) for run in neighbours) * width
-    if len(neighbours) * tuned.call_products + hidden >= len(alike) * tuned.call_products:
+    if len(neighbours) * products + hidden >= len(alike) * products:
         return [_as_batch(first_rows, lengths, members) for members in alike]
     return [
         _as_one(first_rows, lengths, run, window) if len(run) > 1 else _as_batch(first_rows, lengths, run)
@@ -95,13 +105,14 @@ def _alike(lengths: Lengths, tuned: SdpaCpu) -> Iterator[list[int]]:
         yield from (members[start : start + at_once] for start in range(0, len(members), at_once))
 
 
-def _neighbours(lengths: Lengths, width: int, tuned: SdpaCpu) -> Iterator[range]:
-    """Sequences: one after another, as long as one more costs less than a call of its own."""
+def _neighbours(lengths: Lengths, scores: int, tokens: int) -> Iterator[range]:
+    """Sequences: one after another, as long as one more has fewer scores with the others, which are nobody's, than take
+    as long as a call, and all together have no more tokens."""
     first = total_q = total_k = 0
     for sequence, (seqlen_q, seqlen_k) in enumerate(lengths):
         hidden = total_q * seqlen_k + seqlen_q * total_k
         longest = max(total_q + seqlen_q, total_k + seqlen_k)
-        if sequence > first and (hidden * width >= tuned.call_products or longest > tuned.call_tokens):
+        if sequence > first and (hidden >= scores or longest > tokens):
             yield range(first, sequence)
             first, total_q, total_k = sequence, 0, 0
         total_q, total_k = total_q + seqlen_q, total_k + seqlen_k
