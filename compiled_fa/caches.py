@@ -6,7 +6,7 @@
     prepared calls                        what is left of a forward for calls alike
     plans, tables, numbers on devices     tensors that calls of one shape share
     packed tables, of cache lengths       tensors that calls with the same cu_seqlens or cache_seqlens share
-    groupings                             which packed sequences run side by side
+    groupings                             which packed sequences run side by side, or as one, and what hides them then
     scratch                               a thread's tiles
 
 What is kept is made outside of inference mode, whoever asks for it first: an inference tensor could not be written to,
