@@ -24,7 +24,7 @@ from compiled_fa.tuning import AT_EVERY_CALL, AT_NO_CALL, Rule, Sizes, classes, 
 from compiled_fa.tuning.gpu_tiles import GPU
 from tools import tune
 from tools.rule_fit import Timed, fit, mean_regret, regrets
-from tools.tuning_search import Measured, Pick, number_of, settle_all, settled_rule, told
+from tools.tuning_search import ENOUGH, Measured, Pick, number_of, settle_all, settled_rule, told
 
 
 @pytest.fixture
@@ -445,7 +445,7 @@ def test_rules_are_measured_by_the_engines_they_choose_between(monkeypatch, comp
     tune.measure(decoding, "forward", measured, 0.01)
     tune.measure(packed, "forward", measured, 0.01)
     assert {name: len(calls) for name, calls in measured.calls.items()} == {
-        "sdpa_cpu.tiles_forward": 3,
+        "sdpa_cpu.tiles_forward": 1,  # no rule gives few queries to tiles
         "sdpa_cpu.tiles_backward": 1,
         "split_kv.decode_beside_tiles": 1,
         "split_kv.decode_beside_sdpa": 1,
@@ -453,6 +453,19 @@ def test_rules_are_measured_by_the_engines_they_choose_between(monkeypatch, comp
         "split_kv.short_beside_sdpa": 1,
     }
     assert set(measured.calls) | {"sdpa_cpu.tiles_forward_bf16"} <= set(tune.rules(cpu.PLAIN))
+
+
+def test_time_is_for_rules_that_have_few_calls(monkeypatch):
+    case = cases.Case(((20, 20),), dense=True, head_dim=8)
+    x = Sizes(9, 9, 1, 1, 1, 64, False, False).features()
+    measured = Measured({"sdpa_cpu.tiles_forward": [Timed(x, 0.1)] * ENOUGH})
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(tune, "_by_engines", lambda inputs, way, names: {name: clock.takes(1e-3) for name in names})
+    tune.measure(case, "forward+backward", measured, 0.2)
+    assert {name: len(calls) for name, calls in measured.calls.items()} == {
+        "sdpa_cpu.tiles_forward": ENOUGH,
+        "sdpa_cpu.tiles_backward": 1,
+    }
 
 
 def test_what_is_too_noisy_is_counted_and_not_used(monkeypatch):

@@ -30,7 +30,7 @@ from bench.timing import compared
 from compiled_fa import ops, tuning, use_engine
 from compiled_fa.engines import ENGINES, sdpa_cpu, split_kv
 from compiled_fa.inductor.steps import eager_reason
-from compiled_fa.problem import Direction
+from compiled_fa.problem import Direction, Problem
 from compiled_fa.tuning import NEVER, Rule, Tuning
 from compiled_fa.tuning.classes import cpu_class
 from compiled_fa.tuning.files import PARTS, save
@@ -122,24 +122,34 @@ def _by_engines(inputs: Inputs, way: Direction, names: Sequence[str]) -> dict[st
     return {name: partial(backward, name) for name in names}
 
 
+def decided(problem: Problem, way: Direction, able: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The rules that decide between engines which could serve a call: their names, and the engines."""
+    found: dict[str, tuple[str, str]] = {}
+    few = problem.mean_seqlens[0] <= tuning.current().sdpa_cpu.few_queries  # which no rule gives to tiles
+    if {"tiled", "sdpa_cpu"} <= set(able) and not few:
+        found[f"sdpa_cpu.{sdpa_cpu.rule(problem, way)}"] = "tiled", "sdpa_cpu"
+    for other in ("tiled", "sdpa_cpu"):
+        if {"split_kv", other} <= set(able) and (name := split_kv.rule(problem, other)) is not None:
+            found[f"split_kv.{name}"] = "split_kv", other
+    return found
+
+
 def measure(case: Case, direction: CaseDirection, measured: Measured, seconds: float) -> None:
-    """One call, by all engines that can serve it, for the rules that decide between them."""
+    """One call, by all engines that can serve it, for the rules that decide between them and want more calls."""
     inputs = Inputs.of(case)
     problem = inputs.problem()
     for way in choice.ways(direction):
         able = [e.name for e in ENGINES if e.unsupported_reason(problem.q.device, problem, way) is None]
-        if len(able) < 2:
+        rules_here = decided(problem, way, able)
+        if not any(map(measured.wants, rules_here)):
             continue
         timings, ratios = compared(_by_engines(inputs, way, able), problem.q.device, seconds, SPREAD, None, SURE)
         times = {name: timing.median for name, timing in timings.items()}
         if any(ratio.spread >= SPREAD and ratio.low < 1.0 < ratio.high for ratio in ratios.values()):
             measured.noisy += 1
             continue
-        if {"tiled", "sdpa_cpu"} <= times.keys():
-            measured.add(f"sdpa_cpu.{sdpa_cpu.rule(problem, way)}", problem, times["tiled"], times["sdpa_cpu"])
-        for other in ("tiled", "sdpa_cpu"):
-            if {"split_kv", other} <= times.keys() and (name := split_kv.rule(problem, other)) is not None:
-                measured.add(f"split_kv.{name}", problem, times["split_kv"], times[other])
+        for name, (one, other) in rules_here.items():
+            measured.add(name, problem, times[one], times[other])
 
 
 def measure_calls(seconds: float, tell: Callable[[str], object]) -> Measured:

@@ -26,6 +26,7 @@ Run = Callable[[], object]
 SPREAD = 0.05  # of a ratio, below which it is believed
 GAIN = 0.02  # what another number, or rule, must win to be taken in place of the table's
 FEWEST = 20  # calls from which a rule is fitted
+ENOUGH = 60  # such calls, where others of another rule would tell more
 CPU = torch.device("cpu")
 
 
@@ -77,7 +78,7 @@ class Pick:
         old = number_of(table, self.name)
         call = self.run()
         runs: dict[str, Run] = {}
-        for value in (old, *(value for value in self.values if value != old)):
+        for value in (old, *(type(old)(value) for value in self.values if value != old)):
             runs[told(value)] = partial(_under, with_value(table, self.name, value), call)
         _, ratios = compared(runs, CPU, seconds, SPREAD)
         try:
@@ -85,7 +86,9 @@ class Pick:
                 _believed(ratio, f"{told(old)} / {other} ")
         except TooNoisyError as error:
             return Found(self.name, old, old, f"{error}", settled=False)
-        best = max(self.values, key=lambda value: ratios[told(value)].median if value != old else 1.0)
+        best = type(old)(
+            max(self.values, key=lambda value: ratios[told(type(old)(value))].median if value != old else 1.0)
+        )
         gain = ratios[told(best)] if best != old else None
         taken = best if gain is not None and gain.low > 1.0 and gain.median > 1.0 + GAIN else old
         others = ", ".join(f"{value} {1 / ratio.median:.2f}" for value, ratio in ratios.items())
@@ -147,6 +150,10 @@ class Measured:
 
     calls: dict[str, list[Timed]] = field(default_factory=dict)
     noisy: int = 0
+
+    def wants(self, name: str) -> bool:
+        """Is the time of a call that this rule decides well spent? It is for others that have fewer."""
+        return len(self.calls.get(name, [])) < ENOUGH
 
     def add(self, name: str, problem: Problem, one: float, other: float) -> None:
         self.calls.setdefault(name, []).append(Timed(problem.features, math.log(one / other)))
