@@ -236,7 +236,7 @@ def deciding(found: Found) -> dict[str, float]:
             decided |= {} if name is None else {f"split_kv.{name}": _value(table.split_kv, name, problem)}
         else:
             name = sdpa_cpu.rule(problem, way)
-            decided[f"sdpa_cpu.{name}"] = _value(table.sdpa_cpu, name, problem)
+            decided |= {} if name is None else {f"sdpa_cpu.{name}": _value(table.sdpa_cpu, name, problem)}
     return decided
 
 

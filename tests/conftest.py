@@ -44,3 +44,11 @@ def compiled_steps(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """As in a process that has not read its table of tuned numbers yet."""
+    from compiled_fa import tuning
+
+    monkeypatch.setattr(tuning, "_current", None)

@@ -331,6 +331,8 @@ def test_regret_is_time_of_auto_over_that_of_the_fastest():
     gradients = chosen(pairs, "forward+backward", causal=True)
     assert (gradients.auto, gradients.best) == ("sdpa_cpu+tiled", "sdpa_cpu+sdpa_cpu")
     assert choice.deciding(gradients) == {"sdpa_cpu.tiles_backward": pytest.approx(math.log(257 / 600))}
+    few = replace(gradients, case=Case(((16, 600),), dense=True, nheads_k=2))
+    assert (few.best, choice.deciding(few)) == ("sdpa_cpu+sdpa_cpu", {})  # no rule gives few queries to tiles
     longer = replace(chosen({"sdpa_cpu": 1.1, "split_kv": 1.0}), case=Case(((1, 9000),), dense=True, nheads_k=2))
     assert choice.deciding(replace(longer, routes={"forward": "split_kv"})).keys() == {"split_kv.decode_beside_sdpa"}
     record = choice.record_of(gradients)

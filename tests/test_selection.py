@@ -231,7 +231,7 @@ def test_compiled_code_asks_where_it_is_called(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(tiled, "forward", recorded("tiled", tiled.forward))
-    monkeypatch.setattr(sdpa_cpu.aten, "_forward", recorded("sdpa_cpu", sdpa_cpu.aten._forward))
+    monkeypatch.setattr(sdpa_cpu.kernel, "_forward", recorded("sdpa_cpu", sdpa_cpu.kernel._forward))
     compiled = torch.compile(flash_attn_func, backend=backend, fullgraph=True)
     q = torch.randn(1, 5, 2, 8)
     compiled(q, q, q)

@@ -125,9 +125,8 @@ def _by_engines(inputs: Inputs, way: Direction, names: Sequence[str]) -> dict[st
 def decided(problem: Problem, way: Direction, able: Sequence[str]) -> dict[str, tuple[str, str]]:
     """The rules that decide between engines which could serve a call: their names, and the engines."""
     found: dict[str, tuple[str, str]] = {}
-    few = problem.mean_seqlens[0] <= tuning.current().sdpa_cpu.few_queries  # which no rule gives to tiles
-    if {"tiled", "sdpa_cpu"} <= set(able) and not few:
-        found[f"sdpa_cpu.{sdpa_cpu.rule(problem, way)}"] = "tiled", "sdpa_cpu"
+    if {"tiled", "sdpa_cpu"} <= set(able) and (name := sdpa_cpu.rule(problem, way)) is not None:
+        found[f"sdpa_cpu.{name}"] = "tiled", "sdpa_cpu"
     for other in ("tiled", "sdpa_cpu"):
         if {"split_kv", other} <= set(able) and (name := split_kv.rule(problem, other)) is not None:
             found[f"split_kv.{name}"] = "split_kv", other

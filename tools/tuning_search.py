@@ -76,9 +76,9 @@ class Pick:
 
     def settle(self, table: Tuning, seconds: float) -> Found:
         old = number_of(table, self.name)
-        call = self.run()
+        call, values = self.run(), [type(old)(value) for value in self.values]  # a flag's, too
         runs: dict[str, Run] = {}
-        for value in (old, *(type(old)(value) for value in self.values if value != old)):
+        for value in (old, *(value for value in values if value != old)):
             runs[told(value)] = partial(_under, with_value(table, self.name, value), call)
         _, ratios = compared(runs, CPU, seconds, SPREAD)
         try:
@@ -86,9 +86,7 @@ class Pick:
                 _believed(ratio, f"{told(old)} / {other} ")
         except TooNoisyError as error:
             return Found(self.name, old, old, f"{error}", settled=False)
-        best = type(old)(
-            max(self.values, key=lambda value: ratios[told(type(old)(value))].median if value != old else 1.0)
-        )
+        best = max(values, key=lambda value: ratios[told(value)].median if value != old else 1.0)
         gain = ratios[told(best)] if best != old else None
         taken = best if gain is not None and gain.low > 1.0 and gain.median > 1.0 + GAIN else old
         others = ", ".join(f"{value} {1 / ratio.median:.2f}" for value, ratio in ratios.items())

@@ -5,8 +5,8 @@ What it gives for parts of the keys is merged by lse. Everything else of a score
 
 calls.py    forward and backward of a call, dense or packed
 groups.py   packed sequences that share a call of the kernel
-kernel.py   the parts of a score matrix that the kernel can do
-aten.py     the kernel itself
+parts.py    the parts of a score matrix that the kernel can do
+kernel.py   the kernel itself
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...messages import say_once
 from ...problem import Direction, Problem
 from ...scores import Window
 from ...tuning import Rule, current
-from . import aten, kernel
+from . import kernel, parts
 from .calls import backward, forward, is_one_call, prepared
 
 __all__ = ["backward", "defers", "forward", "inlines", "name", "prepared", "unsupported_reason"]
@@ -36,7 +36,7 @@ def unsupported_reason(
     """Why this engine cannot serve a device, or a call on it; None: it can."""
     if device.type != "cpu":
         return f"its kernel is for CPUs, and this is {device.type}"
-    if reason := aten.missing():
+    if reason := kernel.missing():
         say_once(f"not the sdpa_cpu engine on a CPU: {reason}")
         return reason
     if problem is None:
@@ -62,15 +62,17 @@ def _no_bias(problem: Problem, bias: Tensor, direction: Direction) -> str | None
         return "its kernel has no gradient of a bias"
     if problem.window_in_force != EVERYTHING:
         return "its kernel has no bias beside causal"
-    widened = kernel.widens(problem.q) if direction == "forward" else kernel.widens_backward(problem.q)
+    widened = parts.widens(problem.q) if direction == "forward" else parts.widens_backward(problem.q)
     small = bias.dtype == torch.bool and bias.shape[2] == 1  # of keys, not of pairs
     if widened or not (small or bias.dtype == problem.q.dtype):
         return "its kernel adds a bias of its own dtype, and a copy of this one would be too large"
     return None
 
 
-def rule(problem: Problem, direction: Direction) -> str:
-    """The name of the tuned rule by which tiles are faster."""
+def rule(problem: Problem, direction: Direction) -> str | None:
+    """The name of the tuned rule by which tiles are faster; None: they are not."""
+    if problem.mean_seqlens[0] <= current().sdpa_cpu.few_queries:
+        return None
     if problem.q.dtype != torch.bfloat16:
         return f"tiles_{direction}"
     gqa = "_gqa" if problem.heads_per_key > 1 else ""
@@ -82,8 +84,7 @@ def defers(problem: Problem, direction: Direction, to: str) -> bool:
     """Are tiles faster at a call that this engine could serve? By the rules of tuning/cpu.py."""
     if problem.q.device.type != "cpu":  # where lengths of keys in pages cannot be read without waiting
         return True
-    tuned = current().sdpa_cpu
-    if problem.mean_seqlens[0] <= tuned.few_queries:
+    if (name := rule(problem, direction)) is None:
         return False
-    tiles: Rule = getattr(tuned, rule(problem, direction))
+    tiles: Rule = getattr(current().sdpa_cpu, name)
     return tiles.favours(problem.features)

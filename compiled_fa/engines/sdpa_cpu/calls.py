@@ -14,7 +14,7 @@ from ...problem import Direction, Packed, Problem
 from ...scores import Window
 from ..engine import Prepared
 from .groups import Shared, calls
-from .kernel import (
+from .parts import (
     Gradients,
     at_once,
     attend,
@@ -49,7 +49,7 @@ def prepared(problem: Problem) -> Prepared | None:
         run = attend_at_once_widened
     else:
         return None
-    return Prepared(functools.partial(run, is_causal(problem, q), problem.softmax_scale))
+    return Prepared(functools.partial(run, is_causal(problem, q, k), problem.softmax_scale))
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def _compute_all(problem: Problem, packed: Packed, compute: Callable[[Shared], t
     reach the others. It shows in their sums, and then all are computed by themselves.
     """
     _, heads, head_dim = problem.q.shape
-    where = packed, problem.window_in_force, heads, head_dim
+    where = packed, problem.window_in_force, heads * head_dim
     for some in calls(*where):
         results = compute(some)
         if some.bias is not None and any(isnan(float(x.sum())) for x in results):

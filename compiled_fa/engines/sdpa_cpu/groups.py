@@ -62,14 +62,15 @@ def _nbytes(calls: list[Shared]) -> int:
 _calls: Cache[object, list[Shared]] = Cache("packed groups", 16, 4 << 20, _nbytes)
 
 
-def calls(packed: Packed, window: Window, heads: int, head_dim: int, apart: bool = False) -> list[Shared]:
-    """Of all sequences of a packed call. heads: of queries. apart: none as one with others."""
+def calls(packed: Packed, window: Window, width: int, apart: bool = False) -> list[Shared]:
+    """Of all sequences of a packed call. width: heads * head_dim of q, the products of a score. apart: none as one with
+    others."""
     tuned, sums = current().sdpa_cpu, packed.host_sums
     products = 0 if apart else tuned.call_products
     lengths = list(zip(*packed.host_lengths, strict=True))
     limits = products, tuned.call_tokens, tuned.shared_call_below_tokens, tuned.shared_call_tokens
-    key = *map(tuple, sums), window, heads * head_dim, limits
-    return _calls.get(key, lambda: _made(sums, lengths, window, heads * head_dim, products, tuned))
+    key = *map(tuple, sums), window, width, limits
+    return _calls.get(key, lambda: _made(sums, lengths, window, width, products, tuned))
 
 
 def _made(
@@ -82,7 +83,7 @@ def _made(
 ) -> list[Shared]:
     """As is cheaper: by their lengths, or one after another.
 
-    width: heads * head_dim, the products of a score. products: as many as take as long as a call.
+    products: as many as take as long as a call.
     """
     alike = list(_alike(lengths, tuned))
     neighbours = list(_neighbours(lengths, products // width, tuned.call_tokens))

@@ -1,207 +1,79 @@
-"""Attention on (B, S, H, D) by the parts that PyTorch's kernel can do, merged by lse."""
+"""PyTorch's flash kernel for CPUs, on (B, H, S, D), as it is, but for few queries on many keys.
+
+There it reads a key head once for each query head, with as many rows as there are queries. Query heads that share a
+key head are as good as more queries where no mask tells them apart: as rows of one head they read its keys once.
+
+Private API: aten::_scaled_dot_product_flash_attention_for_cpu and its backward, the kernel below
+F.scaled_dot_product_attention, which gives lse too. Tried with torch 2.11.0, 2.13.0 and 2.14.1; where it is missing,
+the tiled engine serves in its place, and a warning says so once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import inf
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...memory import new_empty
-from ...problem import Problem, bias_part
 from ...tuning import current
-from . import aten
 
-Gradients = tuple[Tensor, Tensor, Tensor]
-
-
-class Part(NamedTuple):
-    """What the kernel can do at once: queries from `first` to the last, against keys `first_key` to `last_key`."""
-
-    first: int
-    first_key: int
-    last_key: int
-    causal: bool
+# torch's own function is quicker to call than torch.ops'; of the backward there is none.
+_forward: Any = getattr(torch, "_scaled_dot_product_flash_attention_for_cpu", None)
+_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
-def is_causal(problem: Problem, q: Tensor) -> bool:
-    """Is something hidden from queries (B, Sq, H, D) of the call? From a single one there is not."""
-    return problem.window_in_force.right is not None and bool(q.shape[1] > 1)
+def missing() -> str | None:
+    """Why there is no kernel; None: there is."""
+    return f"torch {torch.__version__} does not have its kernel" if _forward is None or _backward is None else None
 
 
-def at_once(problem: Problem, q: Tensor, k: Tensor) -> bool:
-    """Can the kernel do tensors (B, S, H, D) as they are?"""
-    batch, seqlen_q, *_ = q.shape
-    seqlen_k = k.shape[1]
-    return bool(batch and seqlen_q and seqlen_k) and (seqlen_q == seqlen_k or not is_causal(problem, q))
-
-
-def _parts(q: Tensor, k: Tensor) -> list[Part]:
-    """Of causal attention, aligned to the bottom right: a triangle on the last keys, and a rectangle on those that lie
-    before all queries; queries that lie before all keys see none."""
-    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
-    if not (batch and seqlen_q and seqlen_k):
-        return []
-    before = seqlen_k - seqlen_q
-    if before < 0:
-        return [Part(-before, 0, seqlen_k, True)]
-    return [Part(0, before, seqlen_k, True), Part(0, 0, before, False)]
-
-
-def _kernels_layout(x: Tensor) -> Tensor:
-    """(B, S, H, D) -> (B, H, S, D). The kernel takes any strides but of head_dim, which it believes to be 1."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
-
-
-def _added(problem: Problem, dtype: torch.dtype) -> Tensor | None:
-    """The call's bias as the kernel takes it: floating point, and of size 1 where it is expanded."""
-    if problem.bias is None:
-        return None
-    bias = problem.bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in problem.bias.stride())]
-    if bias.dtype == torch.bool:
-        return torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, -inf)
-    return bias.to(dtype)
-
-
-def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Sequences, query heads and key heads whose copies in fp32 are few enough at a time, or one key head's."""
-    most = current().sdpa_cpu.widened_bytes
-    batch, nheads_k = k.shape[0], k.shape[2]
-    heads_per_key = q.shape[2] // nheads_k
-    bytes_per_head = 4 * (q[0].numel() + 2 * k[0].numel()) // nheads_k if batch else 1
-    heads = max(1, min(nheads_k, most // max(1, bytes_per_head)))
-    sequences = max(1, most // max(1, bytes_per_head * nheads_k))
-    for first in range(0, batch, sequences):
-        for head in range(0, nheads_k, heads):
-            stop = min(head + heads, nheads_k)
-            yield slice(first, first + sequences), slice(head * heads_per_key, stop * heads_per_key), slice(head, stop)
-
-
-def is_one_piece(q: Tensor, k: Tensor) -> bool:
-    return len(list(_pieces(q, k))) == 1
-
-
-def widens(q: Tensor) -> bool:
-    """Is forward computed in fp32, in pieces? In fp16 the kernel takes twice the time that it takes in fp32; in bf16 it
-    depends on the CPU."""
-    return q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and current().sdpa_cpu.widens_bf16)
-
-
-def widens_backward(q: Tensor) -> bool:
-    """Is backward? Every block of queries, and every query head that reads a key head, adds to a gradient in the
-    kernel's dtype: in 16 bits such a sum loses more with each of them."""
-    return q.dtype in (torch.float16, torch.bfloat16)
-
-
-def attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, S, H, D) -> out and lse (B, H, Sq)."""
-    if not widens(q):
-        return _attend_by_parts(problem, q, k, v)
-    if is_one_piece(q, k):
-        wide_out, wide_lse = _attend_by_parts(problem, q.float(), k.float(), v.float())
-        return wide_out.to(q.dtype), wide_lse
-    out = new_empty(q, q.shape)
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=problem.lse_dtype)
-    for sequences, heads, heads_k in _pieces(q, k):
-        queries, keys = (sequences, slice(None), heads), (sequences, slice(None), heads_k)
-        out[queries], lse[sequences, heads] = _attend_by_parts(
-            problem, q[queries].float(), k[keys].float(), v[keys].float()
-        )
-    return out, lse
-
-
-def attend_at_once(
-    causal: bool, softmax_scale: float, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(B, S, H, D), and a bias as `_added` gives it -> out and lse (B, H, Sq)."""
-    queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
-    out, lse = aten.forward(queries, keys, values, causal, softmax_scale, bias)
-    if bias is not None:  # the kernel says 0 of rows that see nothing
-        lse = torch.where(bias.amax(-1) == -inf, -inf, lse)
-    return out.transpose(1, 2).contiguous(), lse.contiguous()
+    """-> out (B, H, Sq, D) and lse (B, H, Sq). bias: of q's dtype."""
+    together = 1 if causal or bias is not None else _heads_together(q, k)
+    if together == 1:
+        out, lse = _forward(q, k, v, 0.0, causal, attn_mask=bias, scale=softmax_scale)
+        return out, lse
+    out, lse = _forward(_as_rows(q, together), k, v, 0.0, False, scale=softmax_scale)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 
-def attend_at_once_widened(
-    causal: bool, softmax_scale: float, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Likewise, computed in fp32."""
-    out, lse = attend_at_once(causal, softmax_scale, q.float(), k.float(), v.float())
-    return out.to(q.dtype), lse
-
-
-def _attend_by_parts(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    scale = problem.softmax_scale
-    if at_once(problem, q, k):
-        return attend_at_once(is_causal(problem, q), scale, q, k, v, _added(problem, q.dtype))
-    queries, keys, values = _kernels_layout(q), _kernels_layout(k), _kernels_layout(v)
-    out = q.new_zeros(q.shape)
-    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -inf, dtype=problem.lse_dtype)
-    for first, *span, causal in _parts(q, k):
-        seen = slice(*span)
-        part_out, part_lse = aten.forward(queries[:, :, first:], keys[:, :, seen], values[:, :, seen], causal, scale)
-        merged = torch.logaddexp(lse[:, :, first:], part_lse)
-        old, new = ((x - merged).exp().mT[..., None] for x in (lse[:, :, first:], part_lse))
-        out[:, first:] = old * out[:, first:] + new * part_out.transpose(1, 2)
-        lse[:, :, first:] = merged
-    return out, lse
-
-
-def differentiate(
-    problem: Problem,
+def backward(
     of_queries: tuple[Tensor, Tensor, Tensor],
     of_keys: tuple[Tensor, Tensor],
     lse: Tensor,
-    dlse: Tensor | None,
-) -> Gradients:
-    """-> dq, dk, dv (B, S, H, D); of_queries: q, dout and out; of_keys: k and v."""
-    q, k = of_queries[0], of_keys[0]
-    if not widens_backward(q) and dlse is None:
-        return _differentiate_by_parts(problem, of_queries, of_keys, lse)
-    gradients = new_empty(q, q.shape), new_empty(k, k.shape), new_empty(k, k.shape)
-    for sequences, heads, heads_k in _pieces(q, k):
-        queries, keys = (sequences, slice(None), heads), (sequences, slice(None), heads_k)
-        wide = problem.lse_dtype
-        piece_q, piece_dout, piece_out = (x[queries].to(wide) for x in of_queries)
-        piece_k, piece_v = (x[keys].to(wide) for x in of_keys)
-        if dlse is not None:
-            # rowsum(dO * O) - dlse: one more column, 1 in dO and -dlse in O. It meets zeros everywhere else.
-            column = dlse[sequences, heads].mT[..., None].to(wide)
-            piece_q, piece_k, piece_v = (torch.nn.functional.pad(x, (0, 1)) for x in (piece_q, piece_k, piece_v))
-            piece_dout = torch.cat([piece_dout, torch.ones_like(column)], -1)
-            piece_out = torch.cat([piece_out, -column], -1)
-        piece = _differentiate_by_parts(
-            problem, (piece_q, piece_dout, piece_out), (piece_k, piece_v), lse[sequences, heads], (sequences, heads)
-        )
-        for gradient, rows, of_piece in zip(gradients, (queries, keys, keys), piece, strict=True):
-            gradient[rows] = of_piece[..., : gradient.shape[-1]]
-    return gradients
+    causal: bool,
+    softmax_scale: float,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv, as q, k and v; of_queries: q, dout and out; of_keys: k and v."""
+    q, dout, out = of_queries
+    together = 1 if causal or bias is not None else _heads_together(q, of_keys[0])
+    if together == 1:
+        dq, dk, dv = _backward(dout, q, *of_keys, out, lse, 0.0, causal, attn_mask=bias, scale=softmax_scale)
+        return dq, dk, dv
+    q_rows, dout_rows, out_rows = (_as_rows(x, together) for x in of_queries)
+    lse_rows = lse.reshape(q_rows.shape[:-1])
+    dq, dk, dv = _backward(dout_rows, q_rows, *of_keys, out_rows, lse_rows, 0.0, False, scale=softmax_scale)
+    return dq.reshape(q.shape), dk, dv
 
 
-def _differentiate_by_parts(
-    problem: Problem,
-    of_queries: tuple[Tensor, Tensor, Tensor],
-    of_keys: tuple[Tensor, Tensor],
-    lse: Tensor,
-    piece: tuple[slice, slice] = (slice(None), slice(None)),
-) -> Gradients:
-    """piece: the sequences and query heads that these are of the call's."""
-    scale = problem.softmax_scale
-    q, dout, out = (_kernels_layout(x) for x in of_queries)
-    k, v = (_kernels_layout(x) for x in of_keys)
-    if at_once(problem, of_queries[0], of_keys[0]):
-        bias = _added(problem, q.dtype)
-        if bias is not None:
-            bias, lse = bias_part(bias, *piece, slice(None), slice(None)), lse.masked_fill(lse == -inf, inf)
-        dq, dk, dv = aten.backward((q, dout, out), (k, v), lse, is_causal(problem, of_queries[0]), scale, bias)
-    else:
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for first, *span, causal in _parts(of_queries[0], of_keys[0]):
-            seen = slice(*span)
-            q_part, dout_part, out_part = (x[:, :, first:] for x in (q, dout, out))
-            some_keys = k[:, :, seen], v[:, :, seen]
-            part = aten.backward((q_part, dout_part, out_part), some_keys, lse[:, :, first:], causal, scale)
-            for gradient, added in zip((dq[:, :, first:], dk[:, :, seen], dv[:, :, seen]), part, strict=True):
-                gradient += added
-    return dq.transpose(1, 2).contiguous(), dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous()
+def _as_rows(x: Tensor, together: int) -> Tensor:
+    """(B, H, S, D) -> (B, H / together, together * S, D): of a single query a view."""
+    batch, heads, seqlen, head_dim = x.shape
+    return x.reshape(batch, heads // together, together * seqlen, head_dim)
+
+
+def _heads_together(q: Tensor, k: Tensor) -> int:
+    """How many query heads shall be rows of one: 1, or so many that there is a head for each thread."""
+    batch, heads, seqlen_q, _ = q.shape
+    heads_per_key, tuned = heads // k.shape[1], current().sdpa_cpu
+    if heads_per_key == 1 or seqlen_q > tuned.few_queries:
+        return 1
+    bf16 = q.dtype == torch.bfloat16
+    least = tuned.few_queries_from_elements_bf16 if bf16 else tuned.few_queries_from_elements
+    if k.shape.numel() * (heads_per_key - 1) < least:
+        return 1
+    most = max(1, batch * heads // torch.get_num_threads())
+    return max(n for n in range(1, heads_per_key + 1) if heads_per_key % n == 0 and n <= most)
