@@ -11,6 +11,7 @@
     integrations/     other people's packages that call our ops: transformers
     context_parallel/ attention over rows that lie on several ranks: a ring, and gathered heads
     ops.py            torch.ops.compiled_fa.*, with cache_ops.py: what torch.compile and autograd see
+    straight.py       and the way past them, of short calls that nobody has to see
     cache_call.py     a call on a KV cache: where its rows lie, and how they are written
     int8/             attention with scores from int8 products, forward only
     rotary.py         rotary position embedding: functions, and a module; rotation.py: its arithmetic

@@ -110,8 +110,10 @@ def options(
     """The ops' options, but for dropout's seed."""
     numbers = dropout_p, softmax_scale, causal, softcap
     sides = window_size if type(window_size) is tuple else ()
-    if torch.compiler.is_compiling() or len(sides) != 2 or not _PLAIN.issuperset(map(type, (*numbers, *sides))):
+    if torch.compiler.is_compiling():
         found = _options(*numbers, window_size)
+    elif len(sides) != 2 or not _PLAIN.issuperset(map(type, (*numbers, *sides))):
+        found = _with_floats(_options(*numbers, window_size))
     else:
         found = _plain_options(*numbers, *sides)
     if alibi_slopes is None:
@@ -125,7 +127,13 @@ def _plain_options(
     dropout_p: float | None, softmax_scale: float | None, causal: bool, softcap: float | None, left: int, right: int
 ) -> Options:
     """Checked once for calls alike."""
-    return _options(dropout_p, softmax_scale, causal, softcap, (left, right))
+    return _with_floats(_options(dropout_p, softmax_scale, causal, softcap, (left, right)))
+
+
+def _with_floats(options: Options) -> Options:
+    """As the ops' schemas have them."""
+    scale = None if options.softmax_scale is None else float(options.softmax_scale)
+    return options._replace(softmax_scale=scale, softcap=float(options.softcap), dropout_p=float(options.dropout_p))
 
 
 def _options(

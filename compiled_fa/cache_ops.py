@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cache_validation, engines, registration, signatures
+from . import cache_validation, engines, registration, signatures, straight
 from .cache_call import CacheCall, Layout
 from .caches import Cache
 from .problem import Options, Problem, lse_dtype
@@ -48,7 +48,7 @@ class _How(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _RightCall:
+class RightCall:
     """A call that was checked without reading a tensor. By identity, what all calls like it have in common.
 
     options: without slopes. consecutive: as CacheCall.rotated's.
@@ -59,16 +59,16 @@ class _RightCall:
     consecutive: bool
 
 
-_right_calls: Cache[Hashable, _RightCall] = Cache("checked calls of caches", entries=1024)
+_right_calls: Cache[Hashable, RightCall] = Cache("checked calls of caches", entries=1024)
 _layouts: Cache[Hashable, Layout] = Cache("layouts of caches", entries=1024)
 
 
-def _check(arguments: tuple[Any, ...]) -> _RightCall:
+def _check(arguments: tuple[Any, ...]) -> RightCall:
     options, how = Options(*arguments[TENSORS : TENSORS + SCORES]), _How(*arguments[TENSORS + SCORES :])
     call = _call(arguments, how)
     cache_validation.kvcache(call, options, how.num_splits)
     consecutive = options.causal or options.window_left >= 0 or options.window_right >= 0
-    return _RightCall(options._replace(alibi_slopes=None), how, consecutive)
+    return RightCall(options._replace(alibi_slopes=None), how, consecutive)
 
 
 def _call(arguments: tuple[Any, ...], how: _How) -> CacheCall:
@@ -76,7 +76,7 @@ def _call(arguments: tuple[Any, ...], how: _How) -> CacheCall:
     return make(*arguments[:TENSORS], shares_tables=how.shares_tables)
 
 
-def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, _RightCall, bool]:
+def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, RightCall, bool]:
     """What can be told without reading a tensor; of a call like one before it, it was told then. And, last: may there
     be others like it?"""
     key = signatures.of_call(arguments)
@@ -98,7 +98,7 @@ class _LastTable:
 _last_tables: Cache[Layout, list[_LastTable]] = Cache("block tables", 64, 16 << 20, lambda last: last[0].table.nbytes)
 
 
-def _layout(call: CacheCall, right: _RightCall) -> Layout:
+def _layout(call: CacheCall, right: RightCall) -> Layout:
     """Of a call on a CPU, checked. What the host reads is compared: NumPy writes to tensors without a word."""
 
     def checked() -> Layout:
@@ -164,19 +164,44 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
             else:
                 cache_validation.kvcache_lengths(call, right.consecutive)
                 cache_validation.kvcache_pages(call)
-        call = call.rotated(right.how.rotary_interleaved, right.consecutive)
-        if not call.batch or not call.q.shape[1]:
-            call.append()
-            return _empty(call)
-        # An engine asked for by name that cannot serve says so before the cache is written.
-        if layout is not None and (prepared := _prepared(call, options, right.how, layout)) is not None:
-            call.append(layout.places)
-            return prepared.run(call.q, *call.keys_and_values(layout))
-        problems = _problems(call, options, right.how.num_splits, layout)
-        routes = [engines.select(problem, "forward", right.how.engine) for problem in problems]
-        call.append(None if layout is None else layout.places)
-        batch = call.batch // len(routes)
-        found = [_laid_out(route.problem, batch, *route.forward()) for route in routes]
+        return _attend_checked(call, options, right, layout)
+
+
+def like(*arguments: Any) -> RightCall | None:
+    """What a call of the op on a CPU shares with those alike, checked but for what tensors hold; None: nothing."""
+    call, _, right, has_likes = _checked(arguments)
+    return right if has_likes and call.batch else None
+
+
+def _attend_like(right: RightCall, slopes: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A call on a CPU that is like one of which `like` gave `right`. tensors: the op's first arguments."""
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+        call, options = _call(tensors, right.how), right.options
+        if slopes is not None:
+            options = options._replace(alibi_slopes=slopes)
+        return _attend_checked(call, options, right, _layout(call, right))
+
+
+attend_like = straight.not_looked_at(_attend_like)
+
+
+def _attend_checked(
+    call: CacheCall, options: Options, right: RightCall, layout: Layout | None
+) -> tuple[Tensor, Tensor]:
+    """layout: where it is known. Without gradients."""
+    call = call.rotated(right.how.rotary_interleaved, right.consecutive)
+    if not call.batch or not call.q.shape[1]:
+        call.append()
+        return _empty(call)
+    # An engine asked for by name that cannot serve says so before the cache is written.
+    if layout is not None and (prepared := _prepared(call, options, right.how, layout)) is not None:
+        call.append(layout.places)
+        return prepared.run(call.q, *call.keys_and_values(layout))
+    problems = _problems(call, options, right.how.num_splits, layout)
+    routes = [engines.select(problem, "forward", right.how.engine) for problem in problems]
+    call.append(None if layout is None else layout.places)
+    batch = call.batch // len(routes)
+    found = [_laid_out(route.problem, batch, *route.forward()) for route in routes]
     out, lse = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
     return out, lse
 

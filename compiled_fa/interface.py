@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import arguments, engines, ops, validation
+from . import arguments, engines, ops, straight, validation
 from .probabilities import dense_probabilities, varlen_probabilities
 
 # Any is the tuple that return_attn_probs asks for; named, everybody who does not ask for it would have to rule it out.
@@ -72,9 +72,12 @@ def flash_attn_func(
 
     Source: FlashAttention-2 (arXiv 2307.08691); flash_attn.flash_attn_func.
     """
+    given = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
+    if (like := _like(q, k, v, *given, return_attn_probs)) is not None:
+        return ops.attend_like(like, q, k, v)[0]
     arguments.check_tensors(q=q, k=k, v=v)
     q, k, v = arguments.autocast(q, k, v)
-    options = arguments.options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = arguments.options(*given)
     return_attn_probs = validation.flag("return_attn_probs", return_attn_probs)
     drops = arguments.wants_probabilities("return_attn_probs", return_attn_probs, options)
     options = arguments.seeded(options, ops.check_dense, q, k, v)
@@ -84,6 +87,36 @@ def flash_attn_func(
     if not return_attn_probs:
         return out
     return out, lse, dense_probabilities(q, k, lse, *options) if drops else None
+
+
+_calls: straight.Calls[ops.RightCall] = straight.Calls("calls of flash_attn_func")
+
+
+def _like(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int] | Tensor,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    return_attn_probs: bool,
+) -> ops.RightCall | None:
+    """What flash_attn_func's arguments come to, of a call that goes straight to an engine; None: of another."""
+    engine = engines.requested()
+
+    def found() -> ops.RightCall | None:
+        arguments.check_tensors(q=q, k=k, v=v)
+        options = arguments.options(dropout_p, softmax_scale, causal, window_size, softcap, None)
+        if options.dropout_p or validation.flag("return_attn_probs", return_attn_probs):
+            return None
+        return ops.dense_like(q, k, v, *arguments.of_op(q, options, engine))
+
+    sides = window_size if type(window_size) is tuple else (window_size,)
+    others = dropout_p, softmax_scale, causal, *sides, softcap, alibi_slopes, return_attn_probs, engine
+    return _calls.get((q, k, v), others, found)
 
 
 def flash_attn_kvpacked_func(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from . import arguments, cache_call, cache_ops, engines, forward_mode, validation
+from . import arguments, cache_call, cache_ops, engines, forward_mode, straight, validation
 from .interface import Result
 
 
@@ -91,35 +91,67 @@ def flash_attn_with_kvcache(
 
     Source: flash_attn.flash_attn_with_kvcache; Flash-Decoding (Dao, Haziza, Massa and Sizov 2023).
     """
-    arguments.check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    for argument, given in (
-        ("k", k),
-        ("v", v),
-        ("rotary_cos", rotary_cos),
-        ("rotary_sin", rotary_sin),
-        ("cache_batch_idx", cache_batch_idx),
-        ("cache_leftpad", cache_leftpad),
-        ("block_table", block_table),
-    ):
-        if given is not None:
-            validation.tensor_given(argument, given)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        arguments.check_tensors(q=q)
         seqlen = cast(int, validation.length("cache_seqlens", cache_seqlens))  # or a symbol of one
         cache_seqlens = cache_call.equal_lengths(seqlen, q.shape[0], q.device)
-    options = arguments.options(None, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    scores = options[: cache_ops.SCORES]  # there is no dropout
+    tables = rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
+    tensors, scores = (q, k_cache, v_cache, k, v, *tables), (softmax_scale, causal, window_size, softcap)
     returns_lse = validation.flag("return_softmax_lse", return_softmax_lse)
-    interleaved = validation.flag("rotary_interleaved", rotary_interleaved)
-    shares_tables = not torch.compiler.is_compiling()
-    how = interleaved, validation.length("num_splits", num_splits), engines.requested(), shares_tables
+    if (right := _like(tensors, scores, alibi_slopes, rotary_interleaved, num_splits)) is not None:
+        out, lse = cache_ops.attend_like(right, alibi_slopes, *tensors)
+        return (out, lse) if returns_lse else out
+    numbers = _numbers(tensors, scores, alibi_slopes, rotary_interleaved, num_splits)
     forward_mode.refuse_tangents("flash_attn_with_kvcache", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     if arguments.casts(k_cache) and k_cache.is_floating_point():  # to the dtype of the cache, which stays
         q, k, v = _cast(q, k_cache), _cast(k, k_cache), _cast(v, k_cache)
-    tables = rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
     # Else the cache would be a result of all that was ever written to it.
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-        out, lse = cache_ops.attention_with_kvcache(q, k_cache, v_cache, k, v, *tables, *scores, *how)
+        out, lse = cache_ops.attention_with_kvcache(q, k_cache, v_cache, k, v, *tables, *numbers)
     return (out, lse) if returns_lse else out
+
+
+_TENSORS = tuple(cache_call.CacheCall._fields[: cache_ops.TENSORS])
+
+Scores = tuple[float | None, bool, Sequence[int] | Tensor, float | None]
+
+
+def _numbers(
+    tensors: Sequence[Tensor | None],
+    scores: Scores,
+    alibi_slopes: Tensor | None,
+    rotary_interleaved: bool,
+    num_splits: int,
+) -> tuple[Any, ...]:
+    """What the op takes after its first tensors, which are checked to be some."""
+    for argument, given in zip(_TENSORS, tensors, strict=True):
+        if given is not None or argument in _TENSORS[:3]:
+            validation.tensor_given(argument, given)
+    options = arguments.options(None, *scores, alibi_slopes)
+    interleaved = validation.flag("rotary_interleaved", rotary_interleaved)
+    how = interleaved, validation.length("num_splits", num_splits), engines.requested()
+    return *options[: cache_ops.SCORES], *how, not torch.compiler.is_compiling()  # there is no dropout
+
+
+_calls: straight.Calls[cache_ops.RightCall] = straight.Calls("calls of flash_attn_with_kvcache")
+
+
+def _like(
+    tensors: Sequence[Tensor | None],
+    scores: Scores,
+    alibi_slopes: Tensor | None,
+    rotary_interleaved: bool,
+    num_splits: int,
+) -> cache_ops.RightCall | None:
+    """What the arguments come to, of a call that goes straight to an engine; None: of another."""
+
+    def found() -> cache_ops.RightCall | None:
+        return cache_ops.like(*tensors, *_numbers(tensors, scores, alibi_slopes, rotary_interleaved, num_splits))
+
+    scale, causal, window_size, softcap = scores
+    sides = window_size if type(window_size) is tuple else (window_size,)
+    others = scale, causal, *sides, softcap, rotary_interleaved, num_splits, engines.requested()
+    return _calls.get((*tensors, alibi_slopes), others, found)
 
 
 Given = TypeVar("Given", Tensor, Tensor | None)

@@ -10,7 +10,8 @@ out is shaped as q with v's head_dim; lse is a natural logarithm in fp32 (fp64 f
 Each op has a schema, a kernel that checks its arguments and hands a `Problem` to an engine, a fake kernel, and a rule
 for Inductor's graphs (lowering.py). The forward ops differentiate through out and through lse in q, k and v: in reverse
 mode, in a bias, too, by the backward ops, in forward mode (forward_mode.py) by the jvp ops, which tangent.py computes.
-To differentiate twice is refused.
+To differentiate twice is refused. Our own functions call `attend_like`, not the op, where nobody has to see a call
+(straight.py).
 
 B batch, Sq and Sk lengths, H and Hk query and key heads, D and Dv head_dims of q, k and of v, T total tokens.
 """
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import batching, engines, forward_mode, registration, signatures, tangent, validation
+from . import batching, engines, forward_mode, registration, signatures, straight, tangent, validation
 from .caches import Cache
 from .inductor import lowering
 from .problem import Options, Packed, Problem
@@ -43,7 +44,7 @@ PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt
 
 
 @dataclass(frozen=True, eq=False)
-class _RightCall:
+class RightCall:
     """A call that was checked: what is not a tensor of its problem, and the engine's name. Itself, by identity, it is
     the signature of all calls like it."""
 
@@ -58,8 +59,8 @@ class _RightCall:
         return Problem(q, k, v, *numbers, None, packed, self)
 
 
-_right_calls: Cache[Hashable, _RightCall] = Cache("checked calls", entries=1024)
-_right_lengths: Cache[Hashable, _RightCall] = Cache("checked lengths", entries=1024)
+_right_calls: Cache[Hashable, RightCall] = Cache("checked calls", entries=1024)
+_right_lengths: Cache[Hashable, RightCall] = Cache("checked lengths", entries=1024)
 
 MakeProblem = Callable[..., tuple[Problem, str]]
 
@@ -74,12 +75,13 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, options: tu
 
 
 def _dense_problem(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, str]:
-    like = _dense_like(q, k, v, *options)
+    like = dense_like(q, k, v, *options)
     return _checked_dense(q, k, v, *options) if like is None else (like.problem(q, k, v), like.engine)
 
 
-def _dense_like(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> _RightCall | None:
-    """A call like one before it is not checked again: that takes as long as a short call's arithmetic."""
+def dense_like(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> RightCall | None:
+    """What a call of `attention` shares with those alike, checked. One like one before it is not checked again: that
+    takes as long as a short call's arithmetic. None: it is like no other."""
     if (key := _seen(q, k, v, options)) is None:
         return None
     return _right_calls.get(key, lambda: _remembered(*_checked_dense(q, k, v, *options)))
@@ -93,8 +95,8 @@ def _seen(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Hashable
     return signatures.of_call((q, k, v, *options))
 
 
-def _remembered(problem: Problem, engine: str) -> _RightCall:
-    return _RightCall(problem.softmax_scale, problem.window, problem.softcap, problem.dropout_p, engine)
+def _remembered(problem: Problem, engine: str) -> RightCall:
+    return RightCall(problem.softmax_scale, problem.window, problem.softcap, problem.dropout_p, engine)
 
 
 def _checked_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Problem, str]:
@@ -134,9 +136,21 @@ def _checked_packed(q: Tensor, k: Tensor, v: Tensor, packed: Packed, options: tu
     return _checked(q, k, v, packed, options)
 
 
-def _with_right_lengths(q: Tensor, k: Tensor, packed: Packed, like: _RightCall) -> _RightCall:
+def _with_right_lengths(q: Tensor, k: Tensor, packed: Packed, like: RightCall) -> RightCall:
     validation.packed_lengths(q, k, packed)
     return replace(like)
+
+
+def _attend_like(like: RightCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A dense call on a CPU that is like one that was checked."""
+    prepared = engines.prepared(like, like.engine, lambda: like.problem(q, k, v))
+    if prepared is not None:
+        return prepared.run(q, k, v)
+    out, lse = engines.select(like.problem(q, k, v), "forward", like.engine).forward()
+    return out, lse
+
+
+attend_like = straight.not_looked_at(_attend_like)
 
 
 def _told(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
@@ -211,7 +225,7 @@ def _define(
     parameters: str,
     make_problem: MakeProblem,
     biased: bool = False,
-    alike: Callable[..., _RightCall | None] = lambda *arguments: None,
+    alike: Callable[..., RightCall | None] = lambda *arguments: None,
 ) -> tuple[Any, Any, Any]:
     """Register compiled_fa::{name}, {name}_backward and {name}_jvp.
 
@@ -245,13 +259,10 @@ def _define(
     def compute(*arguments: Any) -> tuple[Tensor, Tensor]:
         q, k, v = arguments[:3]
         like = alike(*arguments) if q.device.type == "cpu" else None
-        if like is None:
-            problem, engine = known_problem(*arguments)
-            _check_values(problem)
-        elif (prepared := engines.prepared(like, like.engine, lambda: like.problem(q, k, v))) is not None:
-            return prepared.run(q, k, v)
-        else:
-            problem, engine = like.problem(q, k, v), like.engine
+        if like is not None:
+            return _attend_like(like, q, k, v)
+        problem, engine = known_problem(*arguments)
+        _check_values(problem)
         out, lse = engines.select(problem, "forward", engine).forward()
         return out, lse
 
@@ -353,7 +364,7 @@ def _define(
     return forward, backward, jvp
 
 
-attention, attention_backward, attention_jvp = _define("attention", OPTIONS, _dense_problem, alike=_dense_like)
+attention, attention_backward, attention_jvp = _define("attention", OPTIONS, _dense_problem, alike=dense_like)
 varlen_attention, varlen_attention_backward, varlen_attention_jvp = _define(
     "varlen_attention", f"{PACKING}, {OPTIONS}", _packed_problem
 )

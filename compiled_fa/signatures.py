@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TENSORS = frozenset({Tensor, torch.nn.Parameter})
-_OTHERS = frozenset({type(None), bool, int, float, str})
+TENSORS = frozenset({Tensor, torch.nn.Parameter})
+OTHERS = frozenset({type(None), bool, int, float, str})
 
 
 def of_call(arguments: Sequence[Any]) -> Hashable | None:
@@ -17,9 +17,9 @@ def of_call(arguments: Sequence[Any]) -> Hashable | None:
     found = []
     for argument in arguments:
         kind = type(argument)
-        if kind in _TENSORS:
+        if kind in TENSORS:
             found.append((argument.shape, argument.stride(), argument.dtype, argument.device))
-        elif kind in _OTHERS or not isinstance(argument, Tensor):
+        elif kind in OTHERS or not isinstance(argument, Tensor):
             found.append(argument)
         else:
             return None

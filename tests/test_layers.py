@@ -27,7 +27,7 @@ LAYERS = [
         "without_numpy",
     },
     {"caches", "forward_mode", "tuning"},
-    {"inductor", "scores"},
+    {"inductor", "scores", "straight"},
     {"problem"},
     {"validation", "cache_call"},
     {"cache_validation"},
