@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _chosen(entries: list[Entry], options: argparse.Namespace) -> list[Entry]:
             continue
         wanted = options.peers.split(",") if options.peers else entry.peers
         peers = tuple(name for name in entry.peers if name == "ours" or name in wanted)
-        found.append(Entry(entry.case, peers, entry.directions))
+        found.append(replace(entry, peers=peers))
     return found
 
 
@@ -90,7 +91,7 @@ def _race_suite(name: str, options: argparse.Namespace, device: torch.device) ->
             progress.show(number + done, label)
 
         with use_engine(ENGINES[name]) if name in ENGINES else nullcontext():
-            outcomes = race(entry.case, direction, entry.peers, device, options.seconds, rounds, tick)
+            outcomes = race(entry.case, direction, entry.peers, device, options.seconds, rounds, tick, entry.apart)
         records = [described(entry.case, direction) | of_outcome(outcome) for outcome in outcomes]
         progress.clear()
         print(table.row([record for record in records if record["peer"] in able]), flush=True)

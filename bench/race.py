@@ -16,6 +16,8 @@ from .parity import PEER_SLACK, Reference
 from .peers import PEERS, Prepared
 from .timing import Timing, interleaved
 
+CACHED = 256 << 20  # bytes of keys that may be found in a CPU's or a GPU's caches
+
 Status = Literal["timed", "mismatch", "unable", "refused"]
 
 
@@ -74,6 +76,12 @@ def prepare(name: str, inputs: Inputs) -> Prepared:
     return prepared
 
 
+def _with_its_own(prepared: Prepared, inputs: Inputs) -> Prepared:
+    shared = {x.untyped_storage().data_ptr() for x in (inputs.q, inputs.k, inputs.v)}
+    q, k, v = (x.clone() if x.untyped_storage().data_ptr() in shared else x for x in prepared.leaves)
+    return replace(prepared, leaves=(q, k, v))
+
+
 def race(
     case: Case,
     direction: Direction,
@@ -82,8 +90,10 @@ def race(
     seconds: float = 5.0,
     rounds: int | None = None,
     tick: Callable[[float], None] = lambda done: None,
+    apart: bool = False,
 ) -> list[Outcome]:
-    """An outcome for every peer, in their order. seconds, rounds, tick: as timing.interleaved."""
+    """An outcome for every peer, in their order. seconds, rounds, tick: as timing.interleaved. apart: each peer has
+    tensors of its own, and finds nothing in a cache because another one has read the same."""
     torch.compiler.reset()  # what other cases compiled counts against the limit of recompilations
     inputs = Inputs.of(case, device)
     references = References(inputs, direction)
@@ -96,6 +106,8 @@ def race(
             continue
         try:
             prepared = prepare(name, inputs)
+            if apart and case.key_bytes <= CACHED:
+                prepared = _with_its_own(prepared, inputs)
             complaint = references.complaint(name, prepared) if prepared.moves is None else None
         except Exception as error:
             outcomes[name] = Outcome(name, "unable", _words(error))

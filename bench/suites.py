@@ -31,6 +31,7 @@ class Entry:
     case: Case
     peers: tuple[str, ...] = DENSE_PEERS
     directions: tuple[Direction, ...] = BOTH
+    apart: bool = False  # each peer with tensors of its own
 
 
 def _options(**choices: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -78,7 +79,8 @@ def variants(quick: bool) -> list[Entry]:
 
 
 def decode(quick: bool) -> list[Entry]:
-    """One query a sequence, 16 query heads on 4 key heads, its cache in one piece or in pages.
+    """One query a sequence, 16 query heads on 4 key heads, its cache in one piece or in pages; each peer has its own,
+    as a model's layers have.
 
     `ours cache` is flash_attn_with_kvcache in place of flash_attn_func, `ours one piece` that of a cache that is not in
     pages, and `ours append` writes the last key first.
@@ -91,7 +93,7 @@ def decode(quick: bool) -> list[Entry]:
             for batch in (2,) if quick else (1, 4, 16):
                 case = Case(((1, cache),) * batch, dense=True, nheads_k=4, heads_per_key=4, dtype=dtype)
                 for page_size in (0, 32 if quick else 256):
-                    entries.append(Entry(replace(case, page_size=page_size), DECODE_PEERS, FORWARD))
+                    entries.append(Entry(replace(case, page_size=page_size), DECODE_PEERS, FORWARD, apart=True))
     return entries
 
 
