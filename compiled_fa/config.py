@@ -8,6 +8,8 @@ error that names those that do: a switch that is silently ignored is worse than 
 
 from __future__ import annotations
 
+import torch
+
 from compiled_fa_turing.config import TURING, Variable
 from compiled_fa_turing.config import add_to_python_path as add_to_python_path
 
@@ -30,14 +32,21 @@ TUNING = Variable(
 VARIABLES = (ENGINE, COMPILE, CHECK, TUNING, TURING)
 
 
+def _read_at_every_call(variable: Variable) -> str:
+    """In compiled code as it was then: a look at what os.environ holds would be a guard on all variables."""
+    if not torch.compiler.is_compiling() and variable.is_unset():
+        return variable.allowed[0]
+    return variable.read()
+
+
 def engine() -> str:
     """The engine asked for: "auto", or a name."""
-    return ENGINE.read()
+    return _read_at_every_call(ENGINE)
 
 
 def compiles_steps() -> bool:
     """May engines on a CPU compile their steps?"""
-    return COMPILE.read() == "1"
+    return _read_at_every_call(COMPILE) == "1"
 
 
 def checks_values() -> bool:

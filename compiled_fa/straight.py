@@ -69,14 +69,13 @@ class Calls(Generic[Found]):
     ) -> Found | None:
         """None: it is another call, or there is nothing to be found. others: the arguments that are no tensors, of
         which equal ones of two types are two."""
-        if not _able or torch.compiler.is_compiling() or _is_watched():
+        if not _able or torch.compiler.is_compiling() or not getattr(tensors[0], "is_cpu", False) or _is_watched():
             return None
-        types = tuple(map(type, others))
-        if not signatures.OTHERS.issuperset(types):
+        given, types = [x for x in tensors if x is not None], tuple(map(type, others))
+        if _are_differentiated(given) or not signatures.OTHERS.issuperset(types):
             return None
-        given = [x for x in tensors if x is not None]
         shapes = [None if x is None else getattr(x, "shape", None) for x in tensors]
-        alike = self._alike.get((torch.is_grad_enabled(), *shapes, *others, *types), list)
+        alike = self._alike.get((*shapes, *others, *types), list)
         for guards, found in alike:
             if guards.check(*given):
                 return found
@@ -94,14 +93,18 @@ def _is_watched() -> bool:
     return _function_modes() > 0 or _profiler_enabled() or forward_ad._current_level >= 0
 
 
+def _are_differentiated(tensors: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
 def _is_plain(tensors: Sequence[Any]) -> bool:
-    """Are they tensors on a CPU, of which nothing is differentiated, and no more than that to the dispatcher?"""
+    """Are they tensors on a CPU, and no more than that to the dispatcher?"""
     if not signatures.TENSORS.issuperset(map(type, tensors)):
         return False
     keys = _included()
     for x in tensors:
         keys = keys | _keys_of(x)
-    return keys - _excluded() in _PLAIN and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+    return keys - _excluded() in _PLAIN
 
 
 def not_looked_at(function: Kernel) -> Kernel:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 
-# What os.environ keeps variables in, private in CPython, and how it spells their names there. Of one that is not set,
-# as most are, os.environ.get raises and catches two errors: as long as all else takes that is asked before a call.
+# What os.environ keeps variables in, private in CPython, and how it spells their names there.
 _held = getattr(os.environ, "_data", None)
 _spelled = getattr(os.environ, "encodekey", None)
 
@@ -28,10 +27,12 @@ class Variable:
         self.or_a_file = or_a_file
         self._key = name if _spelled is None else _spelled(name)
 
+    def is_unset(self) -> bool:
+        """Surely; asked where os.environ.get, which raises and catches two errors then, takes too long."""
+        return _held is not None and self._key not in _held
+
     def read(self) -> str:
         """Raises ValueError for a value that is not allowed."""
-        if _held is not None and self._key not in _held:
-            return self.allowed[0]
         value = os.environ.get(self.name) or self.allowed[0]
         if value not in self.allowed and not self.or_a_file:
             raise ValueError(f"the environment variable {self.name} must be one of {list(self.allowed)}, got {value!r}")

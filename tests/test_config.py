@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from compiled_fa import config, flash_attn_func
 
@@ -13,7 +14,9 @@ def test_values(monkeypatch, variable):
     monkeypatch.delenv(variable.name, raising=False)
     default = variable.read()
     assert default == variable.allowed[0]
+    assert variable.is_unset()
     monkeypatch.setenv(variable.name, "")
+    assert not variable.is_unset()
     assert variable.read() == default
     for value in variable.allowed:
         monkeypatch.setenv(variable.name, value)
@@ -31,6 +34,17 @@ def test_a_call_refuses_what_means_nothing(monkeypatch, name):
     monkeypatch.setenv(name, "false")
     with pytest.raises(ValueError, match=f"environment variable {name} must be one of"):
         flash_attn_func(q, q, q, softcap=1.0)
+
+
+def test_compiled_code_does_not_depend_on_the_environment(monkeypatch):
+    compilations = CompileCounter()
+    compiled = torch.compile(lambda q: flash_attn_func(q, q, q), backend=compilations, fullgraph=True)
+    compiled(q)
+    monkeypatch.setenv("COMPILED_FA_TEST", "1")
+    compiled(q)
+    monkeypatch.setenv("COMPILED_FA_ENGINE", "tiled")
+    compiled(q)
+    assert compilations.frame_count == 1
 
 
 def test_checks_on_other_devices_ask_for_it(monkeypatch):

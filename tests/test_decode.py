@@ -15,6 +15,7 @@ from compiled_fa.engines import select, split_kv, tiled
 from compiled_fa.engines.split_kv import decode, decode_plan
 from compiled_fa.inductor.steps import STEPS
 from compiled_fa.problem import Packed, Problem
+from compiled_fa.scores import Window
 
 NOBODY = 10**6  # a block that does not exist
 
@@ -256,3 +257,23 @@ def test_a_step_makes_its_tensors_in_cpp(compiled_steps):
     names = {called.__name__ for called in calls}
     assert "as_strided" in names
     assert not [name for name in names if "empty_strided" in name or "reinterpret" in name]
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "window", "dense", "dtype", "name"),
+    [
+        (2, Window(right=0), True, torch.bfloat16, "decode_beside_sdpa_16bit_masked"),
+        (2, Window(left=9), True, torch.float16, "decode_beside_sdpa_16bit_masked"),
+        (2, Window(), True, torch.bfloat16, "decode_beside_sdpa_16bit"),
+        (1, Window(right=0), True, torch.bfloat16, "decode_beside_sdpa_16bit"),  # it hides nothing
+        (2, Window(right=0), False, torch.bfloat16, "decode_beside_sdpa_16bit"),
+        (2, Window(right=0), True, torch.float32, "decode_beside_sdpa"),
+        (9, Window(right=0), True, torch.float32, None),
+    ],
+)
+def test_which_rule_decides_beside_pytorchs_kernel(monkeypatch, seqlen_q, window, dense, dtype, name):
+    retune(monkeypatch, split_kv={"decode_rows_beside_sdpa": 8})
+    case = Case(((seqlen_q, 50),) * 2, dense, 2, 1, 8, 8, dtype)
+    problem = replace(make(case).problem(), window=window)
+    assert decode.rule(problem, "sdpa_cpu") == name
+    assert decode.rule(problem, "tiled") == "decode_beside_tiles"

@@ -226,8 +226,8 @@ def changed(part, field, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.update(version=0), "must be of version 3, got version 0"),
-        (lambda table: table.pop("version"), "must be of version 3, got version None"),
+        (lambda table: table.update(version=0), "must be of version 4, got version 0"),
+        (lambda table: table.pop("version"), "must be of version 4, got version None"),
         (lambda table: table.pop("tiled"), "must be a table with tiled, got none"),
         (lambda table: table.update(gpu={}), "must be a table without other fields, got gpu"),
         (lambda table: table.update(name=7), "must be a string as name, got 7"),

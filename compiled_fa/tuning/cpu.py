@@ -45,6 +45,7 @@ PLAIN = Tuning(
         decode_beside_tiles=AT_EVERY_CALL,
         decode_beside_sdpa=AT_NO_CALL,
         decode_beside_sdpa_16bit=AT_NO_CALL,
+        decode_beside_sdpa_16bit_masked=AT_NO_CALL,
         decode_rows_beside_sdpa=16,
         split_keys=64,
         long_split_keys=256,
@@ -91,7 +92,8 @@ def _from_elements_of_keys(elements: int) -> Rule:
 
 
 # Rules: tools.rule_fit on random calls, as bench choice draws them, of other seeds. Tiles in bf16: on 123, 128, 179 and
-# 159 forward, 140 and 205 backward, in other dtypes on 728; of split_kv on 123, 403, 26 and 256 that both ways took.
+# 159 forward, 140 and 205 backward, in other dtypes on 728; of split_kv on 123, 403, 26 and 256 that both ways took;
+# with a mask, in 16 bits, on 84 of 8 to 16 rows.
 _ZEN4 = "2 cores of an AMD EPYC (Zen 4), torch 2.13.0, 2026-11-27"
 
 AVX512_BF16 = Tuning(
@@ -116,9 +118,10 @@ AVX512_BF16 = Tuning(
         decode_from_elements=1 << 13,
         decode_beside_sdpa=Rule(1.467, -0.095, -0.045, 0.007, -0.289, -0.067, -0.23, -0.467, -0.528),
         decode_beside_sdpa_16bit=AT_EVERY_CALL,
+        decode_beside_sdpa_16bit_masked=Rule(-2.568, 0.608, 0.161, 0.158, -0.123, 0.617, -0.09),
         decode_rows_beside_sdpa=8,
-        short_keys=256,
-        short_from_elements=1 << 14,
+        short_keys=400,
+        short_from_elements=1 << 13,
         short_beside_tiles=Rule(-3.251, 0.083, 0.083, -0.071, 0.059, 0.194, 0.495, -0.693),
         short_beside_sdpa=Rule(-2.945, 0.217, 0.193, -0.055, 0.002, 0.142, 0.26, -0.461),
         accumulators=16,
@@ -148,6 +151,7 @@ ZEN5 = Tuning(
             log(1 << 20) + 0.6 * log(255), keys=-1.6, batch=-1.0, heads=-1.0, heads_per_key=1.0, head_dim=-1.0
         ),
         decode_beside_sdpa_16bit=AT_EVERY_CALL,
+        decode_beside_sdpa_16bit_masked=AT_EVERY_CALL,
         short_beside_sdpa=AT_EVERY_CALL,
         accumulators=16,
         register_bytes=64,
@@ -191,6 +195,7 @@ AMX = replace(
         ZEN5.split_kv,
         measured_on=f"{_SAPPHIRE_RAPIDS}: which calls it takes",
         decode_beside_sdpa_16bit=_from_elements_of_keys(1 << 20),
+        decode_beside_sdpa_16bit_masked=_from_elements_of_keys(1 << 20),
     ),
     tiled=replace(ZEN5.tiled, measured_on=None),
 )

@@ -119,11 +119,13 @@ class SplitKV:
     # worth its while.
     decode_from_keys: int
     decode_from_elements: int
-    # This engine / tiles, and / PyTorch's kernel, in 16 bits and in more.
+    # This engine / tiles, and / PyTorch's kernel: in fp32 and fp64; in 16 bits, and there of dense calls with a mask.
     decode_beside_tiles: Rule
     decode_beside_sdpa: Rule
     decode_beside_sdpa_16bit: Rule
-    # Rows up to which the former is asked of dense calls: more PyTorch's kernel multiplies at once, faster than here.
+    decode_beside_sdpa_16bit_masked: Rule
+    # Rows up to which the first of these three is asked of dense calls: more PyTorch's kernel multiplies at once, and
+    # faster.
     decode_rows_beside_sdpa: int
     # Keys of a split: enough splits for all threads, or, from so many keys on, few to be merged.
     split_keys: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem, once_a_call
+from ...scores import Window
 from ...tuning import current
 from ..engine import Prepared
 from .decode_plan import DecodePlan, page_size_of, plan
@@ -63,7 +64,8 @@ def rule(problem: Problem, instead_of: str) -> str | None:
     if instead_of != "sdpa_cpu":
         return "decode_beside_tiles"
     if problem.k.dtype.itemsize < 4:
-        return "decode_beside_sdpa_16bit"
+        masked = problem.packed is None and problem.window_in_force != Window()
+        return "decode_beside_sdpa_16bit_masked" if masked else "decode_beside_sdpa_16bit"
     rows = problem.mean_seqlens[0] * problem.heads_per_key
     many = problem.packed is None and rows > current().split_kv.decode_rows_beside_sdpa
     return None if many else "decode_beside_sdpa"
