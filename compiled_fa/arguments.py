@@ -113,7 +113,7 @@ def options(
     if torch.compiler.is_compiling():
         found = _options(*numbers, window_size)
     elif len(sides) != 2 or not _PLAIN.issuperset(map(type, (*numbers, *sides))):
-        found = _with_floats(_options(*numbers, window_size))
+        found = _as_in_schemas(_options(*numbers, window_size))
     else:
         found = _plain_options(*numbers, *sides)
     if alibi_slopes is None:
@@ -127,13 +127,15 @@ def _plain_options(
     dropout_p: float | None, softmax_scale: float | None, causal: bool, softcap: float | None, left: int, right: int
 ) -> Options:
     """Checked once for calls alike."""
-    return _with_floats(_options(dropout_p, softmax_scale, causal, softcap, (left, right)))
+    return _as_in_schemas(_options(dropout_p, softmax_scale, causal, softcap, (left, right)))
 
 
-def _with_floats(options: Options) -> Options:
-    """As the ops' schemas have them."""
+def _as_in_schemas(options: Options) -> Options:
+    """Of the types that the ops' schemas name, which a call that goes past the schemas (straight.py) has, too."""
     scale = None if options.softmax_scale is None else float(options.softmax_scale)
-    return options._replace(softmax_scale=scale, softcap=float(options.softcap), dropout_p=float(options.dropout_p))
+    left, right = (validation.int64("window_size", int(side)) for side in (options.window_left, options.window_right))
+    softcap, dropout_p = float(options.softcap), float(options.dropout_p)
+    return Options(scale, options.causal, left, right, softcap, options.alibi_slopes, dropout_p, options.dropout_seed)
 
 
 def _options(

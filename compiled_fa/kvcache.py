@@ -129,8 +129,11 @@ def _numbers(
             validation.tensor_given(argument, given)
     options = arguments.options(None, *scores, alibi_slopes)
     interleaved = validation.flag("rotary_interleaved", rotary_interleaved)
-    how = interleaved, validation.length("num_splits", num_splits), engines.requested()
-    return *options[: cache_ops.SCORES], *how, not torch.compiler.is_compiling()  # there is no dropout
+    splits = validation.length("num_splits", num_splits)
+    if eager := not torch.compiler.is_compiling():
+        splits = validation.int64("num_splits", int(splits))
+    how = interleaved, splits, engines.requested(), eager
+    return *options[: cache_ops.SCORES], *how  # there is no dropout
 
 
 _calls: straight.Calls[cache_ops.RightCall] = straight.Calls("calls of flash_attn_with_kvcache")

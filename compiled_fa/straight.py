@@ -8,12 +8,14 @@ Whether anybody else has to see a call is said by key sets, from which the dispa
 tensors, with what this thread includes, without what it excludes. Anything in there but a CPU and autograd (a mode, a
 transform, tracing, autocast, a tensor that is not what its memory says), and any tensor of a class of its own, goes the
 dispatcher's way; and so do calls of which something is differentiated, under torch.compile, in a TorchFunctionMode, and
-before a profiler.
+before a profiler. Nobody can tell of an ExecutionTraceObserver without a profiler, nor of a kernel that others register
+for our ops: neither sees these calls.
 
 Private API, of torch._C: _dispatch_keys, _dispatch_tls_local_include_set, _dispatch_tls_local_exclude_set, DispatchKey,
 DispatchKeySet, _any_requires_grad, _len_torch_function_stack, _autograd._profiler_enabled, _dynamo.guards.TensorGuards
-and _dynamo.eval_frame.get_eval_frame_callback, and torch.autograd.forward_ad._current_level, tried with torch 2.11.0,
-2.13.0 and 2.14.1. Without them all calls go the dispatcher's way, and a warning says so once.
+and _dynamo.eval_frame.get_eval_frame_callback; forward_ad._current_level and profiler._is_profiler_enabled of
+torch.autograd; tried with torch 2.11.0, 2.13.0 and 2.14.1. Without them all calls go the dispatcher's way, and a
+warning says so once.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from . import signatures
 from .caches import Cache
@@ -51,7 +53,7 @@ try:
     _function_modes, _profiler_enabled = torch._C._len_torch_function_stack, torch._C._autograd._profiler_enabled
     _dynamo_looks, _Guards = torch._C._dynamo.eval_frame.get_eval_frame_callback, torch._C._dynamo.guards.TensorGuards
     _PLAIN = _plain_key_sets()
-    _able = True
+    _able = hasattr(profiler, "_is_profiler_enabled")
 except (AttributeError, TypeError) as error:
     say_once(f"torch {torch.__version__} does not tell what its dispatcher has to do, and every call asks it: {error}")
     _able = False
@@ -72,9 +74,11 @@ class Calls(Generic[Found]):
         if not _able or torch.compiler.is_compiling() or not getattr(tensors[0], "is_cpu", False) or _is_watched():
             return None
         given, types = [x for x in tensors if x is not None], tuple(map(type, others))
-        if _are_differentiated(given) or not signatures.OTHERS.issuperset(types):
+        if not (signatures.TENSORS.issuperset(map(type, given)) and signatures.OTHERS.issuperset(types)):
             return None
-        shapes = [None if x is None else getattr(x, "shape", None) for x in tensors]
+        if _are_differentiated(given):
+            return None
+        shapes = [None if x is None else x.shape for x in tensors]
         alike = self._alike.get((*shapes, *others, *types), list)
         for guards, found in alike:
             if guards.check(*given):
@@ -90,7 +94,8 @@ class Calls(Generic[Found]):
 
 def _is_watched() -> bool:
     """Is there somebody who wants to see calls, whom no key set names?"""
-    return _function_modes() > 0 or _profiler_enabled() or forward_ad._current_level >= 0
+    is_profiled = _profiler_enabled() or profiler._is_profiler_enabled  # this thread; any
+    return is_profiled or _function_modes() > 0 or forward_ad._current_level >= 0
 
 
 def _are_differentiated(tensors: Sequence[Any]) -> bool:
@@ -98,9 +103,7 @@ def _are_differentiated(tensors: Sequence[Any]) -> bool:
 
 
 def _is_plain(tensors: Sequence[Any]) -> bool:
-    """Are they tensors on a CPU, and no more than that to the dispatcher?"""
-    if not signatures.TENSORS.issuperset(map(type, tensors)):
-        return False
+    """Are they on a CPU, and no more than that to the dispatcher?"""
     keys = _included()
     for x in tensors:
         keys = keys | _keys_of(x)

@@ -109,6 +109,13 @@ def flag(argument: str, value: Any) -> bool:
     return bool(found)
 
 
+def int64(argument: str, value: int) -> int:
+    """As PyTorch's ints are; in eager code."""
+    if not -(1 << 63) <= value < 1 << 63:
+        refuse(argument, "a number of 64 bits", value)
+    return value
+
+
 def length(argument: str, value: Any) -> int | torch.SymInt:
     found = _scalar(value)
     if isinstance(found, bool) or not isinstance(found, (int, torch.SymInt)):

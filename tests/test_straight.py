@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -321,3 +322,45 @@ def test_double_backward_is_refused():
     (dq,) = torch.autograd.grad(flash_attn_func(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once, not twice"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize("sides", [(True, 0), (1, False), (True, False)])
+def test_sides_that_are_flags_are_numbers(sides):
+    """As the ops' schemas have them: not what is remembered for the equal numbers, or for them."""
+    q, k, v = _qkv()
+    numbers = tuple(map(int, sides))
+    compiled_fa.clear_caches()
+    for window_size in (sides, numbers, list(sides), list(numbers)):
+        out = flash_attn_func(q, k, v, window_size=window_size)
+        assert torch.equal(out, flash_attn_func(q, k, v.clone().requires_grad_(), window_size=numbers))
+        assert torch.equal(flash_attn_with_kvcache(q, k, v, window_size=window_size), out)
+
+
+def test_numbers_of_more_than_64_bits_are_refused():
+    q, k, v = _qkv()
+    for call in (flash_attn_func, flash_attn_with_kvcache):
+        for window_size in ((2**63, 0), (0, 2**70), [2**70, 0]):
+            with pytest.raises(ValueError, match="window_size must be a number of 64 bits"):
+                call(q, k, v, window_size=window_size)
+    with pytest.raises(ValueError, match="num_splits must be a number of 64 bits"):
+        flash_attn_with_kvcache(q, k, v, num_splits=2**70)
+
+
+def test_fake_tensors_of_symbolic_sizes(function):
+    name, call = function
+    if name in ("varlen_attention", "biased_attention"):
+        pytest.skip("it makes tensors of sizes of its own")
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        sizes = [DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC]
+        dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(sizes)
+        q, k, v = (mode.from_tensor(x, symbolic_context=dynamic) for x in _qkv())
+        assert call(q, k, v).shape[2:] == (2, 8)
+
+
+def test_a_profiler_of_all_threads_sees_every_call(function):
+    name, call = function
+    everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, experimental_config=everywhere) as profile:
+        call(*_qkv())
+    assert f"compiled_fa::{name}" in {event.key for event in profile.key_averages()}
