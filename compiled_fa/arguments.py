@@ -99,6 +99,11 @@ def wants_probabilities(argument: str, asked: bool, options: Options, block_tabl
     return wanted
 
 
+def sides(window_size: Sequence[int] | Tensor) -> tuple[Any, ...]:
+    """Both, as given, of a window that is a tuple; else the window."""
+    return window_size if type(window_size) is tuple else (window_size,)
+
+
 def options(
     dropout_p: float | None,
     softmax_scale: float | None,
@@ -109,13 +114,13 @@ def options(
 ) -> Options:
     """The ops' options, but for dropout's seed."""
     numbers = dropout_p, softmax_scale, causal, softcap
-    sides = window_size if type(window_size) is tuple else ()
+    given = sides(window_size)
     if torch.compiler.is_compiling():
         found = _options(*numbers, window_size)
-    elif len(sides) != 2 or not _PLAIN.issuperset(map(type, (*numbers, *sides))):
+    elif len(given) != 2 or not _PLAIN.issuperset(map(type, (*numbers, *given))):
         found = _as_in_schemas(_options(*numbers, window_size))
     else:
-        found = _plain_options(*numbers, *sides)
+        found = _plain_options(*numbers, *given)
     if alibi_slopes is None:
         return found
     check_tensors(alibi_slopes=alibi_slopes)

@@ -1,7 +1,7 @@
 """What outlives a call, all of it: each cache is bounded, and forgets what was not used for longest.
 
     compiled code                         by what is fixed in it
-    checked calls, routes                 by all that is not in their tensors, and by the lengths of sequences
+    calls of functions, checked, routes   by all that is not in their tensors, and by the lengths of sequences
     layouts, block tables                 of calls on KV caches, by lengths, and the last block table
     prepared calls                        what is left of a forward for calls alike
     plans, tables, numbers on devices     tensors that calls of one shape share

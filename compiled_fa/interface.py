@@ -73,7 +73,7 @@ def flash_attn_func(
     Source: FlashAttention-2 (arXiv 2307.08691); flash_attn.flash_attn_func.
     """
     given = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
-    if (like := _like(q, k, v, *given, return_attn_probs)) is not None:
+    if (like := _like(q, k, v, given, return_attn_probs)) is not None:
         return ops.attend_like(like, q, k, v)[0]
     arguments.check_tensors(q=q, k=k, v=v)
     q, k, v = arguments.autocast(q, k, v)
@@ -92,31 +92,21 @@ def flash_attn_func(
 _calls: straight.Calls[ops.RightCall] = straight.Calls("calls of flash_attn_func")
 
 
-def _like(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Sequence[int] | Tensor,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    return_attn_probs: bool,
-) -> ops.RightCall | None:
-    """What flash_attn_func's arguments come to, of a call that goes straight to an engine; None: of another."""
+def _like(q: Tensor, k: Tensor, v: Tensor, given: tuple[Any, ...], return_attn_probs: bool) -> ops.RightCall | None:
+    """What flash_attn_func's arguments come to, of a call that goes straight to an engine; None: of another. given: as
+    arguments.options takes them."""
     engine = engines.requested()
 
     def found() -> ops.RightCall | None:
         arguments.check_tensors(q=q, k=k, v=v)
-        options = arguments.options(dropout_p, softmax_scale, causal, window_size, softcap, None)
+        options = arguments.options(*given)
         if options.dropout_p or validation.flag("return_attn_probs", return_attn_probs):
             return None
         return ops.dense_like(q, k, v, *arguments.of_op(q, options, engine))
 
-    sides = window_size if type(window_size) is tuple else (window_size,)
-    others = dropout_p, softmax_scale, causal, *sides, softcap, alibi_slopes, return_attn_probs, engine
-    return _calls.get((q, k, v), others, found)
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes = given
+    numbers = dropout_p, softmax_scale, causal, *arguments.sides(window_size), softcap
+    return _calls.get((q, k, v), (*numbers, alibi_slopes, return_attn_probs, engine), found)
 
 
 def flash_attn_kvpacked_func(

@@ -152,8 +152,7 @@ def _like(
         return cache_ops.like(*tensors, *_numbers(tensors, scores, alibi_slopes, rotary_interleaved, num_splits))
 
     scale, causal, window_size, softcap = scores
-    sides = window_size if type(window_size) is tuple else (window_size,)
-    others = scale, causal, *sides, softcap, rotary_interleaved, num_splits, engines.requested()
+    others = scale, causal, *arguments.sides(window_size), softcap, rotary_interleaved, num_splits, engines.requested()
     return _calls.get((*tensors, alibi_slopes), others, found)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Classes of arguments that are no more than they say, and hashable.
 TENSORS = frozenset({Tensor, torch.nn.Parameter})
 OTHERS = frozenset({type(None), bool, int, float, str})
 

@@ -1,8 +1,7 @@
 """Calls that go from our functions straight to an engine, past PyTorch's dispatcher, where that would only find it.
 
-Of what a short call costs beside its kernel, the look at its arguments, the schema that they are parsed by, and the way
-back to Python are the most. `Calls` remembers what the arguments of a function came to, by all of them that are no
-tensors, and by what PyTorch's own guards say of the tensors, in a third of a microsecond.
+`Calls` remembers what the arguments of a function came to, by all of them that are no tensors, and by what PyTorch's
+own guards say of the tensors: to look at each anew takes many times as long (bench/NOTES.md).
 
 Whether anybody else has to see a call is said by key sets, from which the dispatcher computes who does: those of the
 tensors, with what this thread includes, without what it excludes. Anything in there but a CPU and autograd (a mode, a
@@ -53,7 +52,8 @@ try:
     _function_modes, _profiler_enabled = torch._C._len_torch_function_stack, torch._C._autograd._profiler_enabled
     _dynamo_looks, _Guards = torch._C._dynamo.eval_frame.get_eval_frame_callback, torch._C._dynamo.guards.TensorGuards
     _PLAIN = _plain_key_sets()
-    _able = hasattr(profiler, "_is_profiler_enabled")
+    _ = forward_ad._current_level, profiler._is_profiler_enabled  # which change: read where they are asked for
+    _able = True
 except (AttributeError, TypeError) as error:
     say_once(f"torch {torch.__version__} does not tell what its dispatcher has to do, and every call asks it: {error}")
     _able = False

@@ -23,7 +23,7 @@ from bench import choice, first_use, models, peers, plot, processes, records, se
 from bench.cases import Case, Direction, Inputs
 from bench.latency import latency_records
 from bench.peers import Peer
-from bench.race import race
+from bench.race import _with_its_own, prepare, race
 from bench.suites import BOTH, RACES, Entry, memory
 from bench.themes import THEMES
 from bench.timing import Ratio, Timing
@@ -318,6 +318,19 @@ def chosen(regrets: dict[str, float], direction: Direction = "forward", **option
     timings = {name: Timing(1.0 / ratio, 0.0, 9) for name, ratio in {"auto": 1.0, **regrets}.items()}
     ratios = {name: Ratio(ratio, ratio, ratio, 9) for name, ratio in regrets.items()}
     return choice.Found(case, direction, routes, timings, ratios)
+
+
+def test_peers_apart_have_tensors_of_their_own():
+    inputs = Inputs.of(Case(((1, 9),) * 2, dense=True, heads_per_key=2))
+    for name, shares in (("ours", True), ("SDPA", True), ("ours cache", False)):
+        prepared = prepare(name, inputs)
+        apart = _with_its_own(prepared, inputs)
+        _, k, v = apart.leaves
+        for own, before, of_all in ((k, prepared.leaves[1], inputs.k), (v, prepared.leaves[2], inputs.v)):
+            assert own.untyped_storage().data_ptr() != of_all.untyped_storage().data_ptr()
+            assert (own is before) is not shares
+            assert own.stride() == before.stride()
+            assert torch.equal(own, before)
 
 
 @pytest.mark.parametrize(("spread", "timed"), [(0.2, [2.0, 8.0]), (0.01, [2.0])])
