@@ -138,7 +138,7 @@ def _plain_options(
 def _as_in_schemas(options: Options) -> Options:
     """Of the types that the ops' schemas name, which a call that goes past the schemas (straight.py) has, too."""
     scale = None if options.softmax_scale is None else float(options.softmax_scale)
-    left, right = (validation.int64("window_size", int(side)) for side in (options.window_left, options.window_right))
+    left, right = (validation.of_bits("window_size", int(side)) for side in (options.window_left, options.window_right))
     softcap, dropout_p = float(options.softcap), float(options.dropout_p)
     return Options(scale, options.causal, left, right, softcap, options.alibi_slopes, dropout_p, options.dropout_seed)
 

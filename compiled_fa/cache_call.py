@@ -70,7 +70,7 @@ class _Arguments(NamedTuple):
     v: Tensor | None = None
     rotary_cos: Tensor | None = None
     rotary_sin: Tensor | None = None
-    cache_seqlens: Tensor | None = None
+    cache_seqlens: Tensor | int | None = None
     cache_batch_idx: Tensor | None = None
     cache_leftpad: Tensor | None = None
     block_table: Tensor | None = None
@@ -81,8 +81,9 @@ class CacheCall(_Arguments):
     """Arguments of the op that are tensors, in its order, and whether it shares tables.
 
     q: (B, Sq, H, D). k_cache: (pages, S, Hk, D). v_cache: (pages, S, Hk, Dv). k: (B, Sn, Hk, D). v: (B, Sn, Hk, Dv).
-    rotary_cos, rotary_sin: (positions, rotary_dim / 2). cache_seqlens, cache_batch_idx, cache_leftpad: int32 (B,).
-    block_table: int32 (B, pages of a row). shares_tables: cache_ops.py.
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2). cache_seqlens, cache_batch_idx, cache_leftpad: int32 (B,), or
+    cache_seqlens one number for all, of calls that go past the op. block_table: int32 (B, pages of a row).
+    shares_tables: cache_ops.py.
     """
 
     @property
@@ -122,6 +123,8 @@ class CacheCall(_Arguments):
     @functools.cached_property
     def before(self) -> Tensor:
         """int32 (B,): keys of each row, with what its leftpad leaves out, before new ones."""
+        if isinstance(self.cache_seqlens, int):
+            return equal_lengths(self.cache_seqlens, self.batch, self.q.device)
         if self.cache_seqlens is not None:
             return self.cache_seqlens
         count, device = self.capacity, self.q.device
@@ -134,7 +137,8 @@ class CacheCall(_Arguments):
 
     @functools.cached_property
     def host_before(self) -> list[int]:
-        return [self.capacity] * self.batch if self.cache_seqlens is None else self.cache_seqlens.tolist()
+        seqlens = self.capacity if self.cache_seqlens is None else self.cache_seqlens
+        return [seqlens] * self.batch if isinstance(seqlens, int) else seqlens.tolist()
 
     @functools.cached_property
     def host_leftpad(self) -> list[int]:
@@ -291,7 +295,9 @@ class CacheCall(_Arguments):
     @property
     def host_values(self) -> Hashable:
         """All that the layout depends on, but for shapes and which tensors are given."""
-        before, leftpad = (() if x is None else tuple(x.tolist()) for x in (self.cache_seqlens, self.cache_leftpad))
+        before, leftpad = (
+            tuple(x.tolist()) if isinstance(x, Tensor) else x for x in (self.cache_seqlens, self.cache_leftpad)
+        )
         if self.block_table is None:
             pages = () if self.cache_batch_idx is None else tuple(self.cache_batch_idx.tolist())
         else:

@@ -173,8 +173,8 @@ def like(*arguments: Any) -> RightCall | None:
     return right if has_likes and call.batch else None
 
 
-def _attend_like(right: RightCall, slopes: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A call on a CPU that is like one of which `like` gave `right`. tensors: the op's first arguments."""
+def _attend_like(right: RightCall, slopes: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor]:
+    """A call on a CPU that is like one of which `like` gave `right`. tensors: CacheCall's."""
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         call, options = _call(tensors, right.how), right.options
         if slopes is not None:

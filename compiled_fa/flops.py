@@ -58,7 +58,7 @@ def _packed(given: Given) -> int:
 
 def _cached(given: Given) -> int:
     call = CacheCall(**{name: given[name] for name in CacheCall._fields if name in given})
-    known = all(x is None or _has_values(x) for x in (call.cache_seqlens, call.cache_leftpad))
+    known = all(given.get(name) is None or _has_values(given[name]) for name in ("cache_seqlens", "cache_leftpad"))
     keys = sum(call.host_lengths) if known else call.batch * call.capacity
     return call.q.shape[1] * keys
 

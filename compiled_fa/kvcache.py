@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from . import arguments, cache_call, cache_ops, engines, forward_mode, straight, validation
+from . import arguments, cache_call, cache_ops, cache_validation, engines, forward_mode, straight, validation
 from .interface import Result
 
 
@@ -91,33 +91,48 @@ def flash_attn_with_kvcache(
 
     Source: flash_attn.flash_attn_with_kvcache; Flash-Decoding (Dao, Haziza, Massa and Sizov 2023).
     """
-    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        arguments.check_tensors(q=q)
-        seqlen = cast(int, validation.length("cache_seqlens", cache_seqlens))  # or a symbol of one
-        cache_seqlens = cache_call.equal_lengths(seqlen, q.shape[0], q.device)
-    tables = rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
-    tensors, scores = (q, k_cache, v_cache, k, v, *tables), (softmax_scale, causal, window_size, softcap)
+    tensors: Given = (
+        *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin),
+        *(cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
+    )
+    scores = softmax_scale, causal, window_size, softcap
     returns_lse = validation.flag("return_softmax_lse", return_softmax_lse)
     if (right := _like(tensors, scores, alibi_slopes, rotary_interleaved, num_splits)) is not None:
         out, lse = cache_ops.attend_like(right, alibi_slopes, *tensors)
         return (out, lse) if returns_lse else out
+    tensors = _with_tensor_of_lengths(tensors)
     numbers = _numbers(tensors, scores, alibi_slopes, rotary_interleaved, num_splits)
     forward_mode.refuse_tangents("flash_attn_with_kvcache", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     if arguments.casts(k_cache) and k_cache.is_floating_point():  # to the dtype of the cache, which stays
         q, k, v = _cast(q, k_cache), _cast(k, k_cache), _cast(v, k_cache)
     # Else the cache would be a result of all that was ever written to it.
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-        out, lse = cache_ops.attention_with_kvcache(q, k_cache, v_cache, k, v, *tables, *numbers)
+        out, lse = cache_ops.attention_with_kvcache(q, k_cache, v_cache, k, v, *tensors[5:], *numbers)
     return (out, lse) if returns_lse else out
 
 
-_TENSORS = tuple(cache_call.CacheCall._fields[: cache_ops.TENSORS])
+_TENSORS = cache_call.CacheCall._fields[: cache_ops.TENSORS]
+_SEQLENS = _TENSORS.index("cache_seqlens")
 
+Given = tuple[Any, ...]  # _TENSORS as they are given: cache_seqlens may be a number
 Scores = tuple[float | None, bool, Sequence[int] | Tensor, float | None]
 
 
+def _with_tensor_of_lengths(tensors: Given) -> Given:
+    q, seqlens = tensors[0], tensors[_SEQLENS]
+    if seqlens is None or isinstance(seqlens, Tensor):
+        return tensors
+    validation.tensor("q", q, cache_validation.QUERIES)
+    length = cast(int, validation.length("cache_seqlens", seqlens, 32))  # or a symbol of one
+    return _with_lengths(tensors, cache_call.equal_lengths(length, q.shape[0], q.device))
+
+
+def _with_lengths(tensors: Given, seqlens: Tensor | int | None) -> Given:
+    return *tensors[:_SEQLENS], seqlens, *tensors[_SEQLENS + 1 :]
+
+
 def _numbers(
-    tensors: Sequence[Tensor | None],
+    tensors: Given,
     scores: Scores,
     alibi_slopes: Tensor | None,
     rotary_interleaved: bool,
@@ -131,7 +146,7 @@ def _numbers(
     interleaved = validation.flag("rotary_interleaved", rotary_interleaved)
     splits = validation.length("num_splits", num_splits)
     if eager := not torch.compiler.is_compiling():
-        splits = validation.int64("num_splits", int(splits))
+        splits = int(splits)
     how = interleaved, splits, engines.requested(), eager
     return *options[: cache_ops.SCORES], *how  # there is no dropout
 
@@ -140,24 +155,27 @@ _calls: straight.Calls[cache_ops.RightCall] = straight.Calls("calls of flash_att
 
 
 def _like(
-    tensors: Sequence[Tensor | None],
+    tensors: Given,
     scores: Scores,
     alibi_slopes: Tensor | None,
     rotary_interleaved: bool,
     num_splits: int,
 ) -> cache_ops.RightCall | None:
     """What the arguments come to, of a call that goes straight to an engine; None: of another."""
+    one_for_all = type(tensors[_SEQLENS]) is int  # whichever: like a tensor's, it is checked for each call
 
     def found() -> cache_ops.RightCall | None:
-        return cache_ops.like(*tensors, *_numbers(tensors, scores, alibi_slopes, rotary_interleaved, num_splits))
+        given = _with_tensor_of_lengths(_with_lengths(tensors, 0)) if one_for_all else tensors
+        return cache_ops.like(*given, *_numbers(given, scores, alibi_slopes, rotary_interleaved, num_splits))
 
     scale, causal, window_size, softcap = scores
     others = scale, causal, *arguments.sides(window_size), softcap, rotary_interleaved, num_splits, engines.requested()
-    return _calls.get((*tensors, alibi_slopes), others, found)
+    known = _with_lengths(tensors, None) if one_for_all else tensors
+    return _calls.get((*known, alibi_slopes), (*others, one_for_all), found)
 
 
-Given = TypeVar("Given", Tensor, Tensor | None)
+Cast = TypeVar("Cast", Tensor, Tensor | None)
 
 
-def _cast(x: Given, cache: Tensor) -> Given:
+def _cast(x: Cast, cache: Tensor) -> Cast:
     return x if x is None or not x.is_floating_point() else x.to(cache.dtype)

@@ -109,18 +109,18 @@ def flag(argument: str, value: Any) -> bool:
     return bool(found)
 
 
-def int64(argument: str, value: int) -> int:
-    """As PyTorch's ints are; in eager code."""
-    if not -(1 << 63) <= value < 1 << 63:
-        refuse(argument, "a number of 64 bits", value)
+def of_bits(argument: str, value: int, bits: int = 64) -> int:
+    """In eager code: as PyTorch's ints are, or elements of a tensor."""
+    if not -(1 << bits - 1) <= value < 1 << bits - 1:
+        refuse(argument, f"a number of {bits} bits", value)
     return value
 
 
-def length(argument: str, value: Any) -> int | torch.SymInt:
+def length(argument: str, value: Any, bits: int = 64) -> int | torch.SymInt:
     found = _scalar(value)
     if isinstance(found, bool) or not isinstance(found, (int, torch.SymInt)):
         refuse(argument, "an int or a tensor of one element", repr(value), TypeError)
-    return found
+    return of_bits(argument, found, bits) if isinstance(found, int) and not torch.compiler.is_compiling() else found
 
 
 def window_size(value: Any) -> tuple[int | torch.SymInt, int | torch.SymInt]:

@@ -24,6 +24,7 @@ from compiled_fa import cache_validation, clear_caches, flash_attn_func, flash_a
 from compiled_fa.cache_call import CacheCall
 from compiled_fa.engines import split_kv, tiled
 from compiled_fa.engines.split_kv import decode
+from compiled_fa.problem import Options
 from compiled_fa.tuning.gpu_tiles import GPU
 
 OP = torch.ops.compiled_fa.attention_with_kvcache
@@ -163,6 +164,27 @@ def test_rows_alike_are_a_dense_problem():
     assert packed(before=(9, 8))
     assert packed(before=(9, 9), leftpad=(2, 1))
     assert packed(before=(9,), page_size=4)
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "wider", "heads first", "sliced"])
+def test_dense_problem_lies_in_the_cache(strides):
+    """Rows 1 and 2 of the cache, keys 2 to 6 of each: no copy, wherever the cache lies."""
+    k_cache, v_cache = torch.randn(2, 4, 8, 3, 4).unbind(0)
+    if strides == "wider":
+        k_cache, v_cache = (torch.stack([x, x], -1).flatten(3)[..., :4] for x in (k_cache, v_cache))
+    elif strides == "heads first":
+        k_cache, v_cache = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k_cache, v_cache))
+    elif strides == "sliced":
+        k_cache, v_cache = torch.randn(2, 6, 9, 3, 4)[:, 1:5, 1:].unbind(0)
+    rows, leftpad, seqlens = (torch.tensor(x, dtype=torch.int32) for x in ([1, 2], [2, 2], [6, 6]))
+    q = torch.randn(2, 1, 3, 4)
+    call = CacheCall(q, k_cache, v_cache, cache_seqlens=seqlens, cache_batch_idx=rows, cache_leftpad=leftpad)
+    problem = call.problem(Options())
+    assert problem.packed is None
+    for part, cache in ((problem.k, k_cache), (problem.v, v_cache)):
+        expected = cache[1:3, 2:6]
+        assert torch.equal(part, expected)
+        assert (part.data_ptr(), part.stride()) == (expected.data_ptr(), expected.stride())
 
 
 def test_lengths_read_or_not_are_the_same():

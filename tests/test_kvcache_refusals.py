@@ -32,6 +32,7 @@ BAD = [
     bad("v_cache must be a tensor, got list", TypeError, v_cache=[]),
     bad("cache_batch_idx must be a tensor, got list", TypeError, cache_batch_idx=[0, 1]),
     bad("q must be (batch, seqlen_q, nheads, head_dim), got shape (3, 4, 8)", q=torch.zeros(3, 4, 8)),
+    bad("q must be (batch, seqlen_q, nheads, head_dim), got shape ()", q=torch.tensor(1.0), cache_seqlens=5),
     bad("k_cache must be (batch_cache, seqlen_cache, nheads_k, head_dim), got shape (2,)", k_cache=torch.zeros(2)),
     bad("k_cache must be (num_blocks, page_block_size,", k_cache=torch.zeros(2), **paged([0], [1])),
     bad("k_cache must be of q's dtype, torch.float32", TypeError, k_cache=torch.zeros(2, 12, 2, 8).half()),

@@ -307,6 +307,31 @@ def test_values_are_looked_at_every_time():
         flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=cache_seqlens)
 
 
+def test_one_length_for_all_rows_is_looked_at_every_time():
+    """As a tensor's: calls with two numbers are alike but for them, and an error is the number's own."""
+    q, cache = torch.randn(2, 1, 2, 8), torch.randn(2, 2, 6, 2, 8)
+    new = torch.randn(2, 2, 1, 2, 8)
+
+    def attend(cache, cache_seqlens):
+        return flash_attn_with_kvcache(q, cache[0], cache[1], new[0], new[1], cache_seqlens=cache_seqlens)
+
+    for length in (2, 0, 5, 1, 2):
+        expected = cache.clone()
+        tensor = torch.full((2,), length, dtype=torch.int32)
+        wanted = attend(expected, tensor)
+        assert torch.equal(attend(cache, length), wanted)
+        assert torch.equal(cache, expected)
+    before = cache.clone()
+    for wrong, error in ((-1, ValueError), (6, ValueError), (2**40, ValueError), (True, TypeError), (1.0, TypeError)):
+        with pytest.raises(error, match="cache_seqlens"):
+            attend(cache, wrong)
+    assert torch.equal(cache, before)
+    k_cache, v_cache = cache.unbind(0)
+    without = flash_attn_with_kvcache(q, k_cache, v_cache)
+    assert torch.equal(without, flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=6))
+    assert not torch.equal(without, flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=5))
+
+
 def test_where_pytorch_does_not_tell(function, monkeypatch):
     _, call = function
     q, k, v = _qkv()
@@ -344,6 +369,12 @@ def test_numbers_of_more_than_64_bits_are_refused():
                 call(q, k, v, window_size=window_size)
     with pytest.raises(ValueError, match="num_splits must be a number of 64 bits"):
         flash_attn_with_kvcache(q, k, v, num_splits=2**70)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    for lengths in ((2**70, 5), (5, -(2**70))):
+        with pytest.raises(ValueError, match=r"max_seqlen_. must be a number of 64 bits"):
+            flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens, cu_seqlens, *lengths)
+    with pytest.raises(ValueError, match="cache_seqlens must be a number of 32 bits"):
+        flash_attn_with_kvcache(q.requires_grad_(), k, v, cache_seqlens=2**40)
 
 
 @pytest.mark.parametrize("call", [flash_attn_func, flash_attn_with_kvcache])
