@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -239,6 +240,19 @@ def test_cache_seqlens_as_an_int_or_none():
     paged = small(k=None, v=None, cache_seqlens=None, q=torch.randn(1, 1, 4, 8), block_table=table)
     k, v = (paged[name].flip(0).flatten(0, 1)[None] for name in ("k_cache", "v_cache"))
     assert torch.allclose(flash_attn_with_kvcache(**paged), flash_attn_func(paged["q"], k, v), atol=1e-6)
+
+
+@given(kv.calls())
+def test_an_int_is_that_many_for_all_rows(call):
+    """To the bit, in results and in caches."""
+    call = replace(call, before=call.before[:1] * len(call.before), leftpad=call.leftpad[:1] * len(call.leftpad))
+    by_tensor, by_int = kv.make(call).arguments, kv.make(call).arguments
+    by_int["cache_seqlens"] = call.before[0]
+    for _ in range(2):  # the second one's layout is known
+        for x, y in zip(flash_attn_with_kvcache(**by_tensor), flash_attn_with_kvcache(**by_int), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        for name in ("k_cache", "v_cache"):
+            torch.testing.assert_close(by_int[name], by_tensor[name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("engine", ["split_kv", "tiled"])
