@@ -38,6 +38,14 @@ def tensors(nheads_k=4, seqlen_q=9, seqlen_k=9, head_dim_v=8, dtype=torch.float3
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
+def result_or_error(function: Any, inputs: list[torch.Tensor], options: dict[str, Any]) -> torch.Tensor | Exception:
+    try:
+        result: torch.Tensor = function(*inputs, **options)
+    except RuntimeError as error:
+        return error
+    return result
+
+
 def results(function: Any, inputs: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
     out = function(*inputs, **options)
     towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -139,9 +147,13 @@ def test_what_is_left_to_pytorch_is_its_own(reason):
     sizes, options = LEFT[reason]
     inputs = tensors(**sizes)
     everywhere = "own" not in reason
+    expected = result_or_error(PYTORCHS, inputs, options)  # torch 2.15 refuses a mask and is_causal
     with compiled_fa.sdpa(everywhere) as calls:
-        found = F.scaled_dot_product_attention(*inputs, **options)
-    assert torch.equal(found, PYTORCHS(*inputs, **options))
+        found = result_or_error(F.scaled_dot_product_attention, inputs, options)
+    if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert repr(found) == repr(expected)
     assert (calls.served, calls.left) == (0, {reason: 1})
     assert str(calls) == f"0 served by compiled_fa; 1 left to PyTorch: {reason}"
     assert sdpa_reason(*inputs, **options, everywhere=everywhere) == reason

@@ -116,15 +116,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.seqlen % (2 * options.ranks):
         parser.error(f"--seqlen must be a multiple of 2 · {options.ranks} (--ranks), got {options.seqlen}")
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_on_rank, args=(rank, options, folder)) for rank in range(options.ranks)]
         for process in ranks:
             process.start()
         for process in ranks:
             process.join()
-    if any(process.exitcode for process in ranks):
-        raise SystemExit("a rank failed")
+    codes = [process.exitcode for process in ranks]
+    if any(codes):
+        raise SystemExit(f"a rank failed: exit codes {codes}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 import torch._higher_order_ops
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from ...problem import Direction
 from ...scores import Dropout
@@ -101,7 +100,7 @@ class Graph:
             k,
             v,
             mods.score,
-            _block_mask(mods, q, k, given),
+            block_mask(mods, q, k, (given[name] for name in BlockTables._fields)),
             1.0,
             self._template_options(),
             tuple(given[name] for name in mods.names),
@@ -150,7 +149,7 @@ class Graph:
             None if dlse is None else dlse / LOG2E,
             mods.score,
             mods.product_gradient,
-            _block_mask(mods, q, k, given),
+            block_mask(mods, q, k, (given[name] for name in BlockTables._fields)),
             1.0,
             self._template_options(),
             (*(given[name] for name in mods.names), *buffers.values()),
@@ -201,8 +200,12 @@ def operators() -> Any:
     return sys.modules["torch._higher_order_ops.flex_attention"]
 
 
-def _block_mask(mods: Mods, q: Tensor, k: Tensor, given: Arguments) -> tuple[Any, ...]:
-    make: Callable[..., Any] = BlockMask  # whose __init__ takes the eight in the order of BlockTables
-    tables = (given[name] for name in BlockTables._fields)
-    mask = make((q.shape[2], k.shape[2]), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mods.mask)
+def block_mask(
+    mods: Mods, q: Tensor, k: Tensor, tables: Iterable[Tensor | None], block_size: tuple[int, int] = (BLOCK, BLOCK)
+) -> tuple[Any, ...]:
+    """As the operators take it. tables: in the order of BlockTables."""
+    from torch.nn.attention.flex_attention import BlockMask  # which imports sympy, as of torch 2.15
+
+    make: Callable[..., Any] = BlockMask
+    mask = make((q.shape[2], k.shape[2]), *tables, BLOCK_SIZE=block_size, mask_mod=mods.mask)
     return (*mask.as_tuple()[:-1], mods.mask)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from ...problem import Direction
 from . import flex
@@ -55,15 +54,13 @@ class PagedSpec:
         mods = Mods(self.features)
         tables = given["kv_num_blocks"].view(-1, 1, 1), given["kv_indices"], *[None] * 6
         options = dict(self.options)
-        make: Callable[..., Any] = BlockMask
         size = options["BLOCK_M"], options["BLOCK_N"]
-        mask = make((q.shape[2], k.shape[2]), *tables, BLOCK_SIZE=size, mask_mod=mods.mask)
         out, lse, *_ = flex.operators().flex_attention(
             q,
             k,
             v,
             mods.score,
-            (*mask.as_tuple()[:-1], mods.mask),
+            flex.block_mask(mods, q, k, tables, size),
             1.0,
             {**flex.TEMPLATE, "IS_DIVISIBLE": self.divisible, LIST_ORDER: True, **options},
             tuple(given[name] for name in mods.names),
