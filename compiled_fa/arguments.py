@@ -124,7 +124,7 @@ def options(
     if alibi_slopes is None:
         return found
     check_tensors(alibi_slopes=alibi_slopes)
-    return found._replace(alibi_slopes=alibi_slopes)
+    return found.changed(alibi_slopes=alibi_slopes)
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
@@ -166,7 +166,7 @@ def of_op(q: Tensor, options: Options, engine: str) -> tuple[Any, ...]:
     if not torch.compiler.is_compiling():
         return *options, engine
     if options.softcap == 0.0:  # of a default, too, which Dynamo may take for a number that changes
-        options = options._replace(softcap=0.0)
+        options = options.changed(softcap=0.0)
     changing = any(map(_changes, (options.softmax_scale, options.softcap, options.dropout_p)))
     if not changing or sharding.is_distributed(q):  # an op of DTensors takes no plain tensor of numbers
         return *options, engine
@@ -174,7 +174,7 @@ def of_op(q: Tensor, options: Options, engine: str) -> tuple[Any, ...]:
     scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     tensor = torch.stack([one * number for number in (scale, options.softcap, options.dropout_p)])
     # In their places numbers that say as much of the call as its code depends on.
-    known = options._replace(
+    known = options.changed(
         softmax_scale=1.0, softcap=1.0 if options.softcap > 0.0 else 0.0, dropout_p=0.5 if options.dropout_p else 0.0
     )
     return *known, engine, tensor
@@ -197,5 +197,5 @@ def seeded(options: Options, check: Callable[..., None], q: Tensor, k: Tensor, v
     if sharding.is_distributed(q):
         validation.refuse("dropout_p", "0 with DTensors, for which no seed is drawn", options.dropout_p)
     if not torch.compiler.is_compiling():
-        check(q, k, v, *packing, *options._replace(dropout_p=0.0))
-    return options._replace(dropout_seed=seed.drawn(q, k, v))
+        check(q, k, v, *packing, *options.changed(dropout_p=0.0))
+    return options.changed(dropout_seed=seed.drawn(q, k, v))

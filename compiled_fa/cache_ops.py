@@ -68,7 +68,7 @@ def _check(arguments: tuple[Any, ...]) -> RightCall:
     call = _call(arguments, how)
     cache_validation.kvcache(call, options, how.num_splits)
     consecutive = options.causal or options.window_left >= 0 or options.window_right >= 0
-    return RightCall(options._replace(alibi_slopes=None), how, consecutive)
+    return RightCall(options.changed(alibi_slopes=None), how, consecutive)
 
 
 def _call(arguments: tuple[Any, ...], how: _How) -> CacheCall:
@@ -83,7 +83,7 @@ def _checked(arguments: tuple[Any, ...]) -> tuple[CacheCall, Options, RightCall,
     right = _check(arguments) if key is None else _right_calls.get(key, lambda: _check(arguments))
     options, slopes = right.options, arguments[SLOPES] if len(arguments) > SLOPES else None
     if slopes is not None:
-        options = options._replace(alibi_slopes=slopes)
+        options = options.changed(alibi_slopes=slopes)
     return _call(arguments, right.how), options, right, key is not None
 
 
@@ -142,7 +142,7 @@ def _problems(call: CacheCall, options: Options, num_splits: int, layout: Layout
         return [call.problem(options, num_splits, layout)]
     problems, slopes = [], options.alibi_slopes
     for n in range(call.batch):
-        own = options if slopes is None or slopes.dim() == 1 else options._replace(alibi_slopes=slopes[n : n + 1])
+        own = options if slopes is None or slopes.dim() == 1 else options.changed(alibi_slopes=slopes[n : n + 1])
         problems.append(call.row(n).problem(own))
     return problems
 
@@ -178,7 +178,7 @@ def _attend_like(right: RightCall, slopes: Tensor | None, *tensors: Any) -> tupl
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         call, options = _call(tensors, right.how), right.options
         if slopes is not None:
-            options = options._replace(alibi_slopes=slopes)
+            options = options.changed(alibi_slopes=slopes)
         return _attend_checked(call, options, right, _layout(call, right))
 
 

@@ -238,7 +238,7 @@ def _given_seed(options: Options, rng_state: Tensor | None, q: Tensor) -> Option
     arguments.check_tensors(rng_state=rng_state)
     if rng_state.numel() != 2 or rng_state.dtype != torch.int64 or rng_state.device != q.device:
         validation.refuse("rng_state", wanted, f"{rng_state.dtype} {tuple(rng_state.shape)} on {rng_state.device}")
-    return options._replace(dropout_seed=rng_state.flatten()[:1])
+    return options.changed(dropout_seed=rng_state.flatten()[:1])
 
 
 def _checked_targets(

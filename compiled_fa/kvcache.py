@@ -91,10 +91,8 @@ def flash_attn_with_kvcache(
 
     Source: flash_attn.flash_attn_with_kvcache; Flash-Decoding (Dao, Haziza, Massa and Sizov 2023).
     """
-    tensors: Given = (
-        *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin),
-        *(cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
-    )
+    tables = rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
+    tensors: Given = q, k_cache, v_cache, k, v, *tables
     scores = softmax_scale, causal, window_size, softcap
     returns_lse = validation.flag("return_softmax_lse", return_softmax_lse)
     if (right := _like(tensors, scores, alibi_slopes, rotary_interleaved, num_splits)) is not None:
@@ -105,9 +103,10 @@ def flash_attn_with_kvcache(
     forward_mode.refuse_tangents("flash_attn_with_kvcache", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     if arguments.casts(k_cache) and k_cache.is_floating_point():  # to the dtype of the cache, which stays
         q, k, v = _cast(q, k_cache), _cast(k, k_cache), _cast(v, k_cache)
+    tensors = q, k_cache, v_cache, k, v, *tensors[5:]
     # Else the cache would be a result of all that was ever written to it.
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-        out, lse = cache_ops.attention_with_kvcache(q, k_cache, v_cache, k, v, *tensors[5:], *numbers)
+        out, lse = cache_ops.attention_with_kvcache(*tensors, *numbers)
     return (out, lse) if returns_lse else out
 
 

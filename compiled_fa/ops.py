@@ -159,7 +159,7 @@ def _told(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
     validation.numbers(arguments[at])
     softmax_scale, softcap, dropout_p = arguments[at].tolist()
     own = Options(*arguments[first : at - 1])
-    own = own._replace(softmax_scale=softmax_scale, softcap=softcap, dropout_p=dropout_p)
+    own = own.changed(softmax_scale=softmax_scale, softcap=softcap, dropout_p=dropout_p)
     return *arguments[:first], *own, arguments[at - 1], None, *arguments[at + 1 :]
 
 

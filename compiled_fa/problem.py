@@ -55,6 +55,10 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
 
+    def changed(self, **fields: Any) -> Options:
+        """As _replace, which Dynamo of torch 2.11 gets wrong, without a word, where there are tensors."""
+        return Options(**{**dict(zip(self._fields, self, strict=True)), **fields})
+
 
 @dataclass(frozen=True)
 class Packed:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +24,8 @@ from compiled_fa.caches import Cache, Scratch
 from compiled_fa.inductor import graphs
 from compiled_fa.inductor.steps import STEPS
 from compiled_fa.tuning import AT_EVERY_CALL
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -114,7 +120,7 @@ def test_compiling_one_kernel_does_not_hold_up_another(compiled_steps, monkeypat
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(call, softcap=3.0)
         begun.wait()
-        assert torch.equal(pool.submit(call, causal=True).result(timeout=300), expected)
+        assert torch.equal(pool.submit(call, causal=True).result(timeout=30), expected)
         assert not first.done()
         finish.set()
         capped = first.result()
@@ -136,6 +142,27 @@ def test_all_graphs_are_compiled_by_one_thread(monkeypatch):
     compile_one()
     assert len(threads) == 3
     assert set(threads) == {threads[0]} != {threading.get_ident()}
+
+
+def test_a_graph_is_compiled_while_a_module_is_imported(tmp_path):
+    """By the thread that imports it: another one would wait for the import, which waits for it."""
+    (tmp_path / "computes_when_imported.py").write_text(
+        "import torch\n"
+        "from compiled_fa import flash_attn_func\n"
+        "q = torch.randn(1, 600, 2, 16)\n"
+        "out = flash_attn_func(q, q, q, softcap=2.0)\n"
+    )
+    program = "import computes_when_imported; print(*computes_when_imported.out.shape)"
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env={**os.environ, "PYTHONPATH": path, "COMPILED_FA_COMPILE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,  # else it would wait for ever
+        check=True,
+    )
+    assert done.stdout.split() == ["1", "600", "2", "16"]
 
 
 @pytest.mark.parametrize("named_by_asserts", [False, True])

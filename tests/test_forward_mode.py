@@ -181,6 +181,16 @@ def naive_packed(q, k, v):
     return naive(q[None], k[None], v[None])[0]
 
 
+def checkpointing_keeps_tangents():
+    """As of torch 2.12 or 2.13: before, what it saves its inputs with has no rule for them."""
+    with forward_ad.dual_level():
+        try:
+            checkpoint(torch.sin, forward_ad.make_dual(*doubles(2, count=2)), use_reentrant=False)
+        except NotImplementedError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("function", "reference", "shape"),
     [(ours, naive, (2, 3, 2, 4)), (ours_packed, naive_packed, (5, 2, 4))],
@@ -201,9 +211,10 @@ def test_every_way_to_ask_for_it(function, reference, shape):
     def checkpointed(q, k, v):
         return checkpoint(function, q, k, v, use_reentrant=False)
 
-    with forward_ad.dual_level():
-        duals = (forward_ad.make_dual(x, direction) for x, direction in zip((q, k, v), along, strict=True))
-        assert torch.allclose(forward_ad.unpack_dual(checkpointed(*duals)).tangent, expected)
+    if checkpointing_keeps_tangents():
+        with forward_ad.dual_level():
+            duals = (forward_ad.make_dual(x, direction) for x, direction in zip((q, k, v), along, strict=True))
+            assert torch.allclose(forward_ad.unpack_dual(checkpointed(*duals)).tangent, expected)
     for argnums in range(3):
         expected = torch.func.jacfwd(reference, argnums)(q, k, v)
         assert torch.allclose(torch.func.jacfwd(function, argnums)(q, k, v), expected)

@@ -89,7 +89,7 @@ class _Ring:
         return blocks(self.rank, source, length, self.options.causal, self.balanced)
 
     def options_of(self, block: Block) -> tuple[Any, ...]:
-        return (*self.options._replace(causal=block.causal), self.engine)
+        return (*self.options.changed(causal=block.causal), self.engine)
 
     def sent(self, packed: Tensor) -> _Transfer:
         """Send to the next rank, and receive as much from the one before: begun, not done."""

@@ -7,8 +7,9 @@ itself.
 
 Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs (its argument cpp_wrapper, too, without which
 Inductor's config of that name does nothing here); its check for bfloat16; torch._inductor.cpp_builder.get_cpp_compiler;
-PythonWrapperCodegen.bind_input_symbol; FakeTensor and statically_known_true; the counters of torch._dynamo.utils,
-without which nobody is told why they wait for less than two seconds. Tried with torch 2.11.0, 2.13.0 and 2.14.1.
+PythonWrapperCodegen.bind_input_symbol; FakeTensor and statically_known_true; _disable_current_modes; the counters of
+torch._dynamo.utils, without which nobody is told why they wait for less than two seconds. Tried with torch 2.11.0,
+2.13.0 and 2.15.0. Of CPython: a module's __spec__._initializing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..messages import result_of
 
@@ -73,9 +75,25 @@ def compiled_graph(
     example_inputs: makes fake tensors of symbolic sizes. what: its name, for people who wait. decompositions: of
     operators, besides Inductor's own. config: Inductor's.
     """
+    if _may_be_importing():
+        with _disable_current_modes():
+            return compile_graph(function, example_inputs, config, decompositions)
     misses = _cache_misses()
     compilation = _worker.submit(compile_graph, function, example_inputs, config, decompositions)
     return result_of(compilation, what, lambda: _cache_misses() != misses)
+
+
+def _may_be_importing() -> bool:
+    """Is there a module whose import has begun and not ended? Its thread, if it is this one, must not wait for another:
+    to pickle a memory format, as Inductor does for its cache, Python waits for the imports of all modules."""
+    return any(map(_is_being_imported, list(sys.modules.values())))
+
+
+def _is_being_imported(module: Any) -> bool:
+    try:
+        return getattr(getattr(module, "__spec__", None), "_initializing", False) is True
+    except Exception:  # what stands for a module may do anything when it is asked
+        return False
 
 
 def is_traced(tensor: Tensor) -> bool:
