@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..messages import result_of
 
+Result = TypeVar("Result")
 Compiled = Callable[[list[Tensor]], Any]
 Size = Callable[[str, int], Any]  # (name, typical value) -> a symbolic size, the same one for the same name
 
@@ -39,12 +40,13 @@ _lock = threading.Lock()
 
 # The thread that compiles: the caller's may be inside someone's tracing or dispatch modes. One for all graphs: of torch
 # 2.11 with CUDA, on a machine without, fake tensors in a second one are a crash.
-_worker = ThreadPoolExecutor(1, "compiled_fa compiles")
+_NAME = "compiled_fa compiles"
+_worker = ThreadPoolExecutor(1, _NAME)
 
 
 def _start_anew() -> None:
     global _worker
-    _worker = ThreadPoolExecutor(1, "compiled_fa compiles")
+    _worker = ThreadPoolExecutor(1, _NAME)
 
 
 if hasattr(os, "register_at_fork"):  # a child does not have the thread
@@ -75,18 +77,28 @@ def compiled_graph(
     example_inputs: makes fake tensors of symbolic sizes. what: its name, for people who wait. decompositions: of
     operators, besides Inductor's own. config: Inductor's.
     """
-    if _may_be_importing():
-        with _disable_current_modes():
-            return compile_graph(function, example_inputs, config, decompositions)
+    if _must_not_wait():
+        return traced_apart(compile_graph, function, example_inputs, config, decompositions)
     misses = _cache_misses()
     compilation = _worker.submit(compile_graph, function, example_inputs, config, decompositions)
     return result_of(compilation, what, lambda: _cache_misses() != misses)
 
 
-def _may_be_importing() -> bool:
-    """Is there a module whose import has begun and not ended? Its thread, if it is this one, must not wait for another:
-    to pickle a memory format, as Inductor does for its cache, Python waits for the imports of all modules."""
-    return any(map(_is_being_imported, list(sys.modules.values())))
+def traced_apart(function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments), which traces: no part of what this thread may be tracing."""
+    if _must_not_wait():
+        with _disable_current_modes():
+            return function(*arguments)
+    return _worker.submit(function, *arguments).result()
+
+
+def _must_not_wait() -> bool:
+    """Would the thread that compiles wait for this one, if this one waited for it?
+
+    To pickle a memory format, as Inductor does for its cache, Python waits until the modules are imported whose import
+    has begun: by this thread, perhaps.
+    """
+    return threading.current_thread().name.startswith(_NAME) or any(map(_is_being_imported, list(sys.modules.values())))
 
 
 def _is_being_imported(module: Any) -> bool:

@@ -15,13 +15,14 @@ soon as there are tiles without a mask; in splits that are batches of this one n
 Graphs ask for it by an option of the kernel, `LIST_ORDER`; all others get torch's.
 
 Private API: torch._inductor.kernel.flex.flex_attention, its template and grid, and TritonTemplate. Tried with torch
-2.13.0; in 2.11.0 and 2.15.0 the lines are the same. Where they are not, there is a reason, and keys are gathered.
+2.11.0, 2.13.0 and 2.15.0. Where the lines are others, there is a reason, and keys are gathered.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
 from typing import Any
 
@@ -59,11 +60,12 @@ def install() -> str | None:
         source = changed("".join(load(name) for name in ("flex_attention", "utilities", "common")))
         if source is None:
             return "torch's flex_attention template has other lines than the ones that keys in pages need changed"
+        known = inspect.signature(TritonTemplate.__init__).parameters
         template = TritonTemplate(
             name="flex_attention_in_list_order",
             grid=lowering.flex_attention_grid,
             source=source,
-            always_freeze_layout=True,
+            **{name: True for name in ("always_freeze_layout",) if name in known},  # torch 2.11 does not have it
         )
         lowering.flex_attention_template = _ByOption(stock, template)
     except (ImportError, AttributeError, TypeError) as error:

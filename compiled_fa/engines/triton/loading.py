@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib.util
 import linecache
 import types
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...caches import Cache
+from ...inductor import graphs
 from . import program
 from .program import Terms
 
@@ -24,9 +24,8 @@ def module(name: str, terms: Terms) -> Any:
     """name: "forward" or "backward". Raises CannotServeError where a term has no Triton code."""
 
     def load() -> types.ModuleType:
-        # A thread of its own: to trace the score program is no part of what the caller's thread may be tracing.
-        with ThreadPoolExecutor(1) as pool:
-            return _load(name, terms, _texts.get(terms, lambda: pool.submit(program.text, terms).result()))
+        # To trace the score program is no part of what the caller's thread may be tracing.
+        return _load(name, terms, _texts.get(terms, lambda: graphs.traced_apart(program.text, terms)))
 
     return _modules.get((name, terms), load)
 
