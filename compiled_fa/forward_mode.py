@@ -3,7 +3,7 @@
 torch.library knows no forward rule, and drops tangents as if results were constants.
 
 Private API: torch.autograd.forward_ad._current_level, torch._C._functorch.peek_interpreter_stack,
-torch._C._set_fwd_grad_enabled and torch._guards.TracingContext, tried with torch 2.13.0.
+torch._C._set_fwd_grad_enabled and torch._guards.TracingContext, tried with torch 2.11.0, 2.13.0 and 2.15.0.
 """
 
 from __future__ import annotations

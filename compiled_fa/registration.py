@@ -5,7 +5,7 @@ layers of Python more: tools/op_overhead.py measures what they take.
 
 Private API, most of it as custom_op uses it: torch._compile._disable_dynamo, OpOverload.redispatch, and of torch._C
 _AutoDispatchBelowAutograd, _after_autograd_keyset, _after_ADInplaceOrView_keyset, DispatchKey and _any_requires_grad,
-tried with torch 2.11.0, 2.13.0 and 2.14.1.
+tried with torch 2.11.0, 2.13.0 and 2.15.0.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 Backward needs the seed that forward drew. A compiled graph saves it, unless it is told to recompute what it could save:
 at an activation memory budget of 0 it saves nothing but its inputs. What holds even there is activation checkpointing,
-where the state of the generator is saved, and set again to recompute a random op.
+where the state of the generator is saved, and set again to recompute a random op; but with torch 2.11 not in another
+checkpoint whose policy marks all that is in it (docs/parallel.md).
 
 Private API: settings of torch._functorch.config, the key of a region's budget in torch.fx.traceback, Dynamo's mark of a
-constant function, and torch._C._functorch.peek_interpreter_stack, tried with torch 2.13.0.
+constant function, and torch._C._functorch.peek_interpreter_stack, tried with torch 2.11.0, 2.13.0 and 2.15.0.
 """
 
 from __future__ import annotations

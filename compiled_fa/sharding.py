@@ -12,7 +12,7 @@ and moves the rest: keys that are sharded by length are gathered. With dropout n
 depends on the numbers of sequences, rows and heads.
 
 Rules are registered as soon as torch.distributed.tensor is imported, by its experimental register_sharding. Private
-API: mesh and tensor_meta of what that gives a rule for a tensor, tried with torch 2.11.0, 2.13.0 and 2.14.1.
+API: mesh and tensor_meta of what that gives a rule for a tensor, tried with torch 2.11.0, 2.13.0 and 2.15.0.
 """
 
 from __future__ import annotations

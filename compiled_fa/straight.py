@@ -13,7 +13,7 @@ for our ops: neither sees these calls.
 Private API, of torch._C: _dispatch_keys, _dispatch_tls_local_include_set, _dispatch_tls_local_exclude_set, DispatchKey,
 DispatchKeySet, _any_requires_grad, _len_torch_function_stack, _autograd._profiler_enabled, _dynamo.guards.TensorGuards
 and _dynamo.eval_frame.get_eval_frame_callback; forward_ad._current_level and profiler._is_profiler_enabled of
-torch.autograd; tried with torch 2.11.0, 2.13.0 and 2.14.1. Without them all calls go the dispatcher's way, and a
+torch.autograd; tried with torch 2.11.0, 2.13.0 and 2.15.0. Without them all calls go the dispatcher's way, and a
 warning says so once.
 """
 

@@ -1,4 +1,4 @@
-"""Every use of PyTorch's Inductor, whose interfaces here are private; tried with torch 2.11.0, 2.13.0 and 2.14.1.
+"""Every use of PyTorch's Inductor, whose interfaces here are private; tried with torch 2.11.0, 2.13.0 and 2.15.0.
 
 Nothing here imports torch: each module is changed once it has been imported, by whoever needs it, and stays changed.
 What the changes do depends on whether the stage is enabled; where it is not, they do nothing.

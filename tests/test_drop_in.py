@@ -522,6 +522,8 @@ def test_a_distribution_of_this_package_has_the_folders(tmp_path):
     """What setuptools would pack: the metadata that lies in them, too."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("there is no setuptools")
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:  # as pyproject.toml wants it
+        pytest.skip("this setuptools is older than the one that builds the package")
     source = tmp_path / "source"
     shutil.copytree(ROOT / "compiled_fa", source / "compiled_fa", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

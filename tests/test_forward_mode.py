@@ -205,6 +205,7 @@ def test_every_way_to_ask_for_it(function, reference, shape):
     def both(inputs, along):
         return jvp(function, inputs, along)
 
+    torch._dynamo.reset()
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled((q, k, v), tuple(along))[1], expected)
 

@@ -91,6 +91,12 @@ def check(function, inputs, eager=None, **options):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def skip_if_marked_over(name):
+    """docs/parallel.md has it."""
+    if name == "saving preferred" and torch.__version__ < "2.13":
+        pytest.skip("this PyTorch marks over what a checkpoint in a checkpoint has marked")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("name", "budget"),
@@ -99,12 +105,16 @@ def check(function, inputs, eager=None, **options):
 )
 def test_under_a_memory_budget(inputs, name, budget, backend):
     function = FUNCTIONS[name]
+    if budget < 1.0:
+        skip_if_marked_over(name)
     with functorch_config.patch(activation_memory_budget=budget), torchs_random_numbers(budget):
         check(function, inputs, backend=backend)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_under_aggressive_recomputation(inputs, function):
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_under_aggressive_recomputation(inputs, name):
+    skip_if_marked_over(name)
+    function = FUNCTIONS[name]
     with functorch_config.patch(aggressive_recomputation=True):
         check(function, inputs)
 

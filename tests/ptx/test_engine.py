@@ -16,6 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton to compile kernels for sm_75")
 
+import triton
 from support import RESULTS, Case, Data, check_against_float64, make, packed, run_naive
 
 from compiled_fa.engines import fused
@@ -28,6 +29,7 @@ from tools.ptx import OutOfBoundsError, RaceError
 from tools.ptx.engine import Kernel, Launch, engine_on_ptx, measure
 
 Edit = Callable[[Kernel], Kernel]
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)  # its code loads more; docs/turing.md
 
 
 def case_of(head_dim: int = 64, **options: Any) -> Case:
@@ -261,4 +263,5 @@ def test_the_engine_is_itself_again_afterwards() -> None:
 def test_traffic_is_what_the_tiles_say(direction: Direction) -> None:
     """tools/kernel_traffic.py's model against what the executed PTX loads and stores: little beside the tiles."""
     model = sum(kernel_traffic.modelled(direction, 64, 256).values())
-    assert model <= measure(64, 256)[direction].sector_bytes <= 1.1 * model
+    most = 1.15 if OLD else 1.1
+    assert model <= measure(64, 256)[direction].sector_bytes <= most * model

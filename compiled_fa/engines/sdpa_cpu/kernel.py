@@ -4,7 +4,7 @@ There it reads a key head once for each query head, with as many rows as there a
 key head are as good as more queries where no mask tells them apart: as rows of one head they read its keys once.
 
 Private API: aten::_scaled_dot_product_flash_attention_for_cpu and its backward, the kernel below
-F.scaled_dot_product_attention, which gives lse too. Tried with torch 2.11.0, 2.13.0 and 2.14.1; where it is missing,
+F.scaled_dot_product_attention, which gives lse too. Tried with torch 2.11.0, 2.13.0 and 2.15.0; where it is missing,
 the tiled engine serves in its place, and a warning says so once.
 """
 

@@ -12,7 +12,7 @@ Inductor makes loops of them that read k and v about as fast as memory gives the
 
 What lies where a split has no key is never multiplied: it may be anything, NaN too.
 
-Private API: Inductor's config in CONFIG and aten::_unsafe_index, tried with torch 2.11.0, 2.13.0 and 2.14.1. Without
+Private API: Inductor's config in CONFIG and aten::_unsafe_index, tried with torch 2.11.0, 2.13.0 and 2.15.0. Without
 the operator other engines serve; without the config the compilation fails, a warning says so once, and steps run
 eagerly.
 """

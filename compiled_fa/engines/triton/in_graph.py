@@ -5,7 +5,7 @@ What becomes of an op of ours is put into one that is functional already: there 
 out.
 
 Private API: TracingTritonHOPifier, TraceableTritonKernelWrapper and triton_kernel_wrapper_functional of
-torch._higher_order_ops.triton_kernel_wrap. Tried with torch 2.11.0, 2.13.0 and 2.14.1. Where they are missing,
+torch._higher_order_ops.triton_kernel_wrap. Tried with torch 2.11.0, 2.13.0 and 2.15.0. Where they are missing,
 the op stays an op in compiled code.
 """
 
