@@ -93,7 +93,7 @@ def traced_apart(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _must_not_wait() -> bool:
-    """Would the thread that compiles wait for this one, if this one waited for it?
+    """Is this the thread that compiles, or might that one wait for it?
 
     To pickle a memory format, as Inductor does for its cache, Python waits until the modules are imported whose import
     has begun: by this thread, perhaps.
