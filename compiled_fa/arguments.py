@@ -140,7 +140,9 @@ def _as_in_schemas(options: Options) -> Options:
     scale = None if options.softmax_scale is None else float(options.softmax_scale)
     left, right = (validation.of_bits("window_size", int(side)) for side in (options.window_left, options.window_right))
     softcap, dropout_p = float(options.softcap), float(options.dropout_p)
-    return Options(scale, options.causal, left, right, softcap, options.alibi_slopes, dropout_p, options.dropout_seed)
+    return options.changed(
+        softmax_scale=scale, window_left=left, window_right=right, softcap=softcap, dropout_p=dropout_p
+    )
 
 
 def _options(

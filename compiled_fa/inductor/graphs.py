@@ -9,13 +9,14 @@ Private API: torch._inductor.compile_fx.compile_fx_inner and what it needs (its 
 Inductor's config of that name does nothing here); its check for bfloat16; torch._inductor.cpp_builder.get_cpp_compiler;
 PythonWrapperCodegen.bind_input_symbol; FakeTensor and statically_known_true; _disable_current_modes; the counters of
 torch._dynamo.utils, without which nobody is told why they wait for less than two seconds. Tried with torch 2.11.0,
-2.13.0 and 2.15.0. Of CPython: a module's __spec__._initializing.
+2.13.0 and 2.15.0. Of CPython: the name of the file that imports modules.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
 import threading
@@ -42,6 +43,8 @@ _lock = threading.Lock()
 # 2.11 with CUDA, on a machine without, fake tensors in a second one are a crash.
 _NAME = "compiled_fa compiles"
 _worker = ThreadPoolExecutor(1, _NAME)
+
+_IMPORTING = "<frozen importlib._bootstrap>"  # the file of the functions that wait for a module's code
 
 
 def _start_anew() -> None:
@@ -93,19 +96,17 @@ def traced_apart(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _must_not_wait() -> bool:
-    """Is this the thread that compiles, or might that one wait for it?
+    """Is this the thread that compiles, or one that imports a module, for which that one would wait?
 
-    To pickle a memory format, as Inductor does for its cache, Python waits until the modules are imported whose import
-    has begun: by this thread, perhaps.
+    To pickle a memory format, as Inductor does for its cache, Python waits until all modules are imported whose import
+    has begun.
     """
-    return threading.current_thread().name.startswith(_NAME) or any(map(_is_being_imported, list(sys.modules.values())))
-
-
-def _is_being_imported(module: Any) -> bool:
-    try:
-        return getattr(getattr(module, "__spec__", None), "_initializing", False) is True
-    except Exception:  # what stands for a module may do anything when it is asked
-        return False
+    if threading.current_thread().name.startswith(_NAME):
+        return True
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename != _IMPORTING:
+        frame = frame.f_back
+    return frame is not None
 
 
 def is_traced(tensor: Tensor) -> bool:
